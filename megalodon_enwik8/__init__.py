@@ -1,0 +1,1 @@
+"""The experiment: Megalodon against a Llama on byte-level Wikipedia text."""
