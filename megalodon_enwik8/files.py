@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from megalodon_enwik8.errors import UserError, explain_os_error
 
@@ -40,7 +39,7 @@ class _RawFile(io.FileIO):
 
 
 @contextmanager
-def atomic_write(path: StrPath) -> Iterator[BinaryIO]:
+def atomic_write(path: StrPath) -> Iterator[io.BufferedWriter]:
     """Yield a binary file whose content takes the place of `path` when the block ends well.
 
     The bytes go to a temporary file beside `path`, to the disk, and only then under the name
@@ -59,7 +58,7 @@ def atomic_write(path: StrPath) -> Iterator[BinaryIO]:
     raw: _RawFile | None = None
     try:
         raw = _RawFile(temporary, "xb")
-        file = io.BufferedWriter(raw, 1 << 20)
+        file: io.BufferedWriter = io.BufferedWriter(raw, 1 << 20)
         yield file
         file.flush()
         os.fsync(raw.fileno())

@@ -1,0 +1,231 @@
+"""Find or fetch a corpus, verify it, split it, and cut it into windows.
+
+Text is bytes: a token is one byte, the vocabulary has 256 entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megalodon_enwik8.archives import PACKED, unpacked_chunks
+from megalodon_enwik8.download import Source, fetch
+from megalodon_enwik8.errors import UserError
+
+ENWIK8 = Source(
+    name="enwik8",
+    url="http://mattmahoney.net/dc/enwik8.zip",
+    archive_size=36_445_475,
+    archive_sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+    size=100_000_000,
+    sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+)
+# What the published comparison reads of it.
+ENWIK8_DATA_BYTES = 95_000_000
+
+SAMPLE = "sample"
+SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+SAMPLE_SIZE = 6_089_746
+SAMPLE_SHA256 = "34c1c63050c87cc8477b9ae36b1cb0edf372612c92938b742e579a7109c20fa4"
+
+# A packed file of a few kilobytes can unpack to any size.
+MAX_UNPACKED = 4 << 30
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text, split: the first 90 % for training, the rest for validation."""
+
+    name: str  # "enwik8", "sample", or the file's name
+    train: Bytes  # (n,) uint8, read-only
+    val: Bytes  # (m,) uint8, read-only
+    sha256: str  # of the bytes used, train and val together
+
+
+def load_corpus(data_path: str, data_bytes: int | None = None, *, progress: bool = True) -> Corpus:
+    """Read, verify and split the corpus that `data_path` names.
+
+    `data_path` is the word "sample" (the Wikipedia excerpt that gensim ships), or a file: raw
+    bytes, .gz, .bz2, .xz, or .zip with one member. A file called enwik8, packed or not, is held
+    to the sum of enwik8, and "enwik8" and "enwik8.gz" are fetched if absent, the only case that
+    touches the network; `progress` is for its progress bar.
+    `data_bytes` is how many of the first bytes to use; None means 95,000,000 of enwik8, and the
+    whole of anything else.
+
+    Raises UserError, one line each, for what is missing, unreadable, empty, damaged, not what
+    its name says, larger than memory is risked for, or shorter than `data_bytes`.
+    """
+    if data_bytes is not None and data_bytes <= 0:
+        raise UserError(
+            f"data_bytes={data_bytes}: must be at least 1, or absent to use the default"
+        )
+    if data_path == SAMPLE:
+        name, data = SAMPLE, _read_sample()
+    else:
+        path = Path(os.path.expanduser(data_path))
+        bare = path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
+        if bare == ENWIK8.name:
+            name, data = ENWIK8.name, _read_enwik8(path, progress)
+            data_bytes = ENWIK8_DATA_BYTES if data_bytes is None else data_bytes
+        elif path.name == SAMPLE:
+            # Its figures would pass for those of the built-in sample.
+            raise UserError(f"{path}: a file of this name is taken for the sample: rename it")
+        else:
+            name, data = path.name, _read_any(path, data_bytes)
+    if not data:
+        raise UserError(f"{data_path} is empty: name a file that holds text")
+    if data_bytes is not None and data_bytes > len(data):
+        raise UserError(
+            f"data_bytes={data_bytes}: {data_path} has {len(data)} bytes: ask for no more than that"
+        )
+    used = np.frombuffer(data, dtype=np.uint8, count=-1 if data_bytes is None else data_bytes)
+    used.flags.writeable = False
+    split = len(used) * 9 // 10
+    return Corpus(name, used[:split], used[split:], hashlib.sha256(used.data).hexdigest())
+
+
+def _read_enwik8(path: Path, progress: bool) -> bytearray:
+    if path.suffix in ("", ".gz") and _is_absent(path):
+        fetch(ENWIK8, path, progress=progress)
+    return _read_known(path, ENWIK8.size, ENWIK8.sha256, "rename it to use it as ordinary data")
+
+
+def _is_absent(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False  # reading it says what is wrong with it
+    return False
+
+
+def _read_sample() -> bytearray:
+    # Importing gensim takes a second and more; its place on the disk is all that is needed.
+    try:
+        spec = importlib.util.find_spec("gensim")
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not places:
+        raise UserError(
+            'data_path=sample needs gensim, which ships the text: pip install -e ".[sample]"'
+        )
+    path = Path(places[0], "test", "test_data", SAMPLE_FILE)
+    if not path.exists():
+        raise UserError(
+            f"data_path=sample: this gensim lacks {path}: pip install --force-reinstall gensim"
+        )
+    return _read_known(path, SAMPLE_SIZE, SAMPLE_SHA256, "pip install --force-reinstall gensim")
+
+
+def _read_known(path: Path, size: int, sha256: str, remedy: str) -> bytearray:
+    """The unpacked bytes of `path`, which must have this size and SHA-256."""
+    data = bytearray()
+    for chunk in unpacked_chunks(path):
+        data += chunk
+        if len(data) > size:
+            raise UserError(f"{path} holds more than the expected {size:,} bytes: {remedy}")
+    if len(data) != size:
+        raise UserError(f"{path} holds {len(data):,} bytes, expected {size:,}: {remedy}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise UserError(f"{path} has SHA-256 {found}, expected {sha256}: {remedy}")
+    return data
+
+
+def _read_any(path: Path, data_bytes: int | None) -> bytearray:
+    """The first `data_bytes` bytes of `path`, or all of them.
+
+    A packed file is read to its end in any case, since its checksum stands there.
+    """
+    raw = path.suffix not in PACKED
+    keep = sys.maxsize if data_bytes is None else data_bytes
+    data, size = bytearray(), 0
+    for chunk in unpacked_chunks(path):
+        data += chunk[: keep - len(data)]
+        size += len(chunk)
+        if raw and len(data) == keep:
+            break
+        if size > MAX_UNPACKED and (data_bytes is None or not raw):
+            raise UserError(
+                f"{path} holds more than {MAX_UNPACKED:,} bytes: name an unpacked file and say "
+                "with data_bytes how much of it to use"
+            )
+    return data
+
+
+def check_length(corpus: Corpus, seq_len: int) -> None:
+    """Raise UserError unless both parts of `corpus` hold a window of `seq_len` + 1 bytes."""
+    _starts(corpus.train, seq_len, "training")
+    _starts(corpus.val, seq_len, "validation")
+
+
+def training_batch(
+    train: Bytes,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    seq_len: int,
+    rows: range | None = None,
+) -> torch.Tensor:
+    """Rows of the batch of step `step`: (len(rows), seq_len + 1), int64.
+
+    Row i is a pure function of (train, seed, step, i), uniform over all windows of `train`, so
+    the examples are the same however a batch is split into micro-batches or processes, and
+    after a resume. `rows` is the part of range(batch_size) to make, by default all of it.
+
+    Raises UserError if `train` is shorter than one window, ValueError for rows outside the batch.
+    """
+    rows = range(batch_size) if rows is None else rows
+    if rows and not (min(rows) >= 0 and max(rows) < batch_size):
+        raise ValueError(f"{rows} is not within a batch of {batch_size}")
+    count = _starts(train, seq_len, "training")
+    return _windows(train, [_draw(count, seed, step, row) for row in rows], seq_len)
+
+
+def validation_windows(val: Bytes, *, count: int, seq_len: int) -> torch.Tensor:
+    """`count` fixed windows of `val`, evenly spaced from its first to its last: int64,
+    (count, seq_len + 1). They overlap where `val` is short.
+
+    Raises UserError if `val` is shorter than one window.
+    """
+    last = _starts(val, seq_len, "validation") - 1
+    return _windows(val, [i * last // max(count - 1, 1) for i in range(count)], seq_len)
+
+
+def _draw(count: int, seed: int, step: int, row: int) -> int:
+    """A number in range(count) that depends on nothing but the arguments.
+
+    The raw words of Philox (Salmon et al. 2011), unlike what a numpy Generator makes of them,
+    are the same in every numpy version. Scaling 64 bits favours no number by more than
+    count / 2**64.
+    """
+    # The lowest word counts the draws.
+    philox = np.random.Philox(key=seed % (1 << 64), counter=[0, row, step, 0])
+    return int(philox.random_raw()) * count >> 64
+
+
+def _starts(data: Bytes, seq_len: int, part: str) -> int:
+    """How many windows of seq_len + 1 bytes begin in `data`."""
+    if len(data) <= seq_len:
+        raise UserError(
+            f"seq_len={seq_len}: the {part} part has {len(data)} bytes and needs {seq_len + 1}: "
+            "use a smaller seq_len or more data"
+        )
+    return len(data) - seq_len
+
+
+def _windows(data: Bytes, starts: list[int], seq_len: int) -> torch.Tensor:
+    rows = np.stack([data[start : start + seq_len + 1] for start in starts])
+    return torch.from_numpy(rows.astype(np.int64))
