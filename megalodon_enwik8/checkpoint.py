@@ -1,0 +1,125 @@
+"""Checkpoints: data, not code; written whole, and known to be whole when read.
+
+A checkpoint is what torch.save makes of a plain dict, so torch.load(..., weights_only=True)
+reads it anywhere. Such a file is a zip archive with a CRC-32 for every record: checking these
+first recognises any truncated or damaged file.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.errors import UserError, explain_os_error
+from megalodon_enwik8.files import atomic_write
+
+FORMAT = "megalodon-enwik8 checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after `step` training steps.
+
+    There is no generator state and no position in the data: batches, dropout and samples are
+    pure functions of (seed, step).
+    """
+
+    config: dict[str, Any]
+    step: int
+    corpus_sha256: str
+    progress: dict[str, Any]  # what the loop counts: see training.Progress
+    model_state: dict[str, Any]
+    optimizer_state: dict[str, Any] | None  # None: for use, not for resuming
+
+    def experiment(self, path: str | Path) -> ExperimentConfig:
+        """The config of the run; a UserError names `path`."""
+        return make_config(self.config, str(path))
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write aside, flush to disk, rename.
+
+    Raises UserError when the disk is full or not writable (an old file at `path` stays), or
+    when a weight is not finite.
+    """
+    for name, tensor in checkpoint.model_state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"step {checkpoint.step}: the weight {name} is not finite, nothing was saved; "
+                f"lower learning_rate and resume from an earlier checkpoint"
+            )
+    content = {name: getattr(checkpoint, name) for name in _FIELDS}
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. Nothing in the file is executed.
+
+    Raises UserError for a file that is missing, truncated, damaged, of another kind or of a
+    newer version.
+    """
+    try:
+        _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns on its way to refusing odd files
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a checkpoint in it, as final.pt") from None
+    except UserError:
+        raise
+    except Exception as error:
+        explained = explain_os_error(error, path) if isinstance(error, OSError) else None
+        raise explained or UserError(
+            f"{path}: not a checkpoint, or it holds more than data: it was not loaded"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of train.py")
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise UserError(
+            f"{path}: written in format {version}, this program reads up to {VERSION}; update it"
+        )
+    values: dict[str, Any] = {name: content.get(name) for name in _FIELDS}
+    for name, kinds in _FIELDS.items():
+        if not isinstance(values[name], kinds):
+            raise UserError(f"{path}: damaged: {name} is missing or of the wrong kind")
+    return Checkpoint(**values)
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "config": (dict,),
+    "step": (int,),
+    "corpus_sha256": (str,),
+    "progress": (dict,),
+    "model_state": (dict,),
+    "optimizer_state": (dict, type(None)),
+}
+
+
+def _check_archive(path: str | Path) -> None:
+    """Raise UserError unless `path` is an undamaged zip archive of uncompressed records."""
+    if Path(path).is_dir():
+        raise IsADirectoryError
+    damaged = UserError(f"{path}: truncated, damaged or not a checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save does not compress; a record that claims to be is a bomb or a stranger.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise damaged
+            if archive.testzip() is not None:
+                raise damaged
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        # zipfile raises whatever the damage leads it to: BadZipFile, struct.error, KeyError ...
+        raise damaged from error

@@ -1,0 +1,85 @@
+"""Sampling bytes from a model, and showing them as text while they come."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+_KEPT_CONTROLS = "\n\t"
+
+
+class PrintableDecoder:
+    """Bytes in, text out that is safe on a screen whatever the bytes are.
+
+    A character cut between two calls waits for its rest; bytes that are not UTF-8, and control
+    characters (which could clear the screen or worse), become U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def decode(self, data: bytes, final: bool = False) -> str:
+        text = self._decoder.decode(data, final)
+        return "".join(c if c.isprintable() or c in _KEPT_CONTROLS else "\ufffd" for c in text)
+
+
+class ByteStreamer(BaseStreamer):
+    """Passes what `generate` makes, prompt first, as text to `write`, as soon as it is made."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._decoder = PrintableDecoder()
+
+    def put(self, value: torch.Tensor) -> None:
+        self._write(self._decoder.decode(bytes(value.flatten().tolist())))
+
+    def end(self) -> None:
+        self._write(self._decoder.decode(b"", final=True))
+
+
+@torch.no_grad()
+def generate_bytes(
+    model: PreTrainedModel,
+    prompt: bytes,
+    *,
+    length: int,
+    seed: int,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    top_k: int | None = None,
+    streamer: BaseStreamer | None = None,
+) -> bytes:
+    """`length` new bytes after a prompt of at least one byte, a pure function of the arguments.
+
+    temperature 0 takes the likeliest byte each time. A vocabulary wider than 256 is cut to the
+    bytes. Reseeds torch's generator; the model's mode is restored.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "min_p": min_p, "top_k": top_k or 0, "top_p": 1.0}
+    vocabulary = model.config.vocab_size
+    if vocabulary > 256:
+        options["suppress_tokens"] = list(range(256, vocabulary))
+    input_ids = torch.from_numpy(np.frombuffer(prompt, dtype=np.uint8).astype(np.int64))
+    input_ids = input_ids[None].to(device)  # (1, P)
+    # Each length is a new shape, which a compiled layer would compile anew.
+    with torch.compiler.set_stance("force_eager"):
+        output = cast(Any, model).generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=length,
+            streamer=streamer,
+            **options,
+        )
+    model.train(was_training)
+    return bytes(output[0, len(prompt) :].tolist())

@@ -1,0 +1,93 @@
+"""What training, evaluation and sampling need to know of a model, and nothing about which it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.llama import build_llama
+
+# Compiling one block takes about a minute on two CPU cores and then saves about a quarter of
+# each step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
+COMPILE_PAYS_FLOPS = 1e14
+
+
+def build_model(config: ExperimentConfig) -> PreTrainedModel:
+    """The config's model, float32 on the CPU, its weights a pure function of the seed."""
+    torch.manual_seed(config.seed)
+    if config.model == "llama":
+        model: PreTrainedModel = build_llama(config)
+    else:
+        # Imported here so that the Llama runs without loading the Megalodon library.
+        from megalodon_enwik8.megalodon import build_megalodon
+
+        model = build_megalodon(config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def summed_loss(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of rows[:, 1:] given what precedes, in nats, summed over bytes: float32 ().
+
+    rows: (B, L + 1) int64.
+    """
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits  # (B, L, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Shared tensors count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def compile_layers(model: PreTrainedModel, config: ExperimentConfig, steps: int) -> str:
+    """Compile each decoder layer in place if the config asks for it or `auto` finds it worthwhile.
+
+    The layers share their code, so that one compilation serves all; parameter names, and with
+    them checkpoints, stay as they are. Returns what was chosen and why.
+    Raises UserError where compilation is asked for and cannot work.
+    """
+    device = next(model.parameters()).device
+    missing = _missing_for_compile(device)
+    if config.compile is True and missing:
+        raise UserError(f"compile=true: {missing}; or set compile: false")
+    if config.compile == "auto":
+        flops = 6.0 * count_parameters(model) * config.tokens_per_step * steps
+        if missing:
+            wanted, why = False, f"auto: {missing}"
+        elif device.type == "cuda":
+            wanted, why = True, "auto: a CUDA device"
+        elif flops >= COMPILE_PAYS_FLOPS:
+            wanted, why = True, f"auto: {steps} steps are enough to earn back the time it takes"
+        else:
+            wanted, why = False, f"auto: {steps} steps of this size are too few to earn it back"
+    else:
+        wanted, why = config.compile, "as configured"
+    if wanted:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=False)
+    return f"{'on' if wanted else 'off'} ({why})"
+
+
+def _missing_for_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks on this device, as an instruction."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "install triton"
+    if device.type == "cpu":
+        compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+        found = any(name and shutil.which(name) for name in compilers)
+        return None if found else "install a C++ compiler (g++ or clang++)"
+    return f"torch.compile is not used on {device.type}"

@@ -1,0 +1,334 @@
+"""The training loop: one for all models."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from megalodon_enwik8.checkpoint import Checkpoint
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.data import (
+    Corpus,
+    check_length,
+    load_corpus,
+    training_batch,
+    validation_windows,
+)
+from megalodon_enwik8.description import environment, session, summarize
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.evaluation import evaluate, full_validation
+from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
+from megalodon_enwik8.interrupt import StopRequest
+from megalodon_enwik8.models import build_model, compile_layers, summed_loss
+from megalodon_enwik8.run_folder import RunFolder, open_run
+from megalodon_enwik8.utils import (
+    autocast,
+    bits_per_byte,
+    choose_device,
+    derive_seed,
+    peak_memory_bytes,
+)
+
+# A resumed run may differ in these keys from the run that it continues: they leave the course
+# of the weights alone. The corpus is compared by its checksum, wherever it lies.
+FREE_ON_RESUME = frozenset(
+    {
+        "run_dir", "data_path", "data_bytes", "num_batches", "compile", "gradient_checkpointing",
+        "validate_every", "full_validation", "save_every", "keep_last", "keep_best",
+        "generate_every", "generate_prompt_len", "generate_length", "temperature", "min_p",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """What the loop counts besides its steps; part of every checkpoint."""
+
+    seconds: float = 0.0  # in training steps alone
+    skipped_steps: int = 0
+    best_val_loss: float = math.inf
+
+
+def train(
+    config: ExperimentConfig, *, resume: str | Path | None = None, overwrite: bool = False
+) -> int:
+    """Train as configured, in config.run_dir.
+
+    resume: a checkpoint's path, or run_folder.NEWEST; overwrite: replace a run that the folder
+    holds. Returns the exit code: 0, or 130 or 143 when SIGINT or SIGTERM asked for an early,
+    saved end. Raises UserError for what the user can mend.
+    """
+    device = choose_device()
+    with open_run(config.run_dir, may_hold_a_run=overwrite or resume is not None) as folder:
+        found = folder.find_checkpoint(resume) if resume is not None else None
+        if found is not None:
+            _check_resumable(*found, config)
+        corpus = load_corpus(config.data_path, config.data_bytes)
+        check_length(corpus, config.seq_len)
+        model = build_model(config)
+        model.to(device)  # type: ignore[arg-type]
+        optimizer = make_optimizer(model, config)
+        trainer = Trainer(config, folder, corpus, model, optimizer)
+        if found is not None:
+            trainer.restore(*found)
+        compiled = compile_layers(model, config, config.num_batches - trainer.step)
+        print(summarize(config, model, corpus, device, compiled), flush=True)
+        folder.begin(
+            config,
+            environment(model, corpus),
+            session(device, compiled, trainer.step),
+            resumed=None if found is None else found[1],
+            step=trainer.step,
+        )
+        return trainer.run()
+
+
+def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.optim.Adam:
+    """Adam with L2 weight decay on every parameter, as the protocol has it."""
+    return torch.optim.Adam(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def train_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: torch.Tensor,
+    config: ExperimentConfig,
+) -> tuple[float, float]:
+    """One step on `batch` (sequences, L + 1) int64, `config.batch_size` sequences at a time.
+
+    Each micro-batch runs its own backward on its share of the mean, so the gradient is that of
+    the whole batch at the memory of one micro-batch. Returns the mean loss in nats per byte and
+    the norm of the gradient before clipping; if either is not finite, the weights stay as they
+    are.
+    """
+    device = batch.device
+    tokens = batch[:, 1:].numel()
+    loss = torch.zeros((), device=device)
+    for rows in batch.split(config.batch_size):
+        with autocast(device, config.use_autocast):
+            share = summed_loss(model, rows) / tokens
+        share.backward()
+        loss += share.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
+    mean_loss, grad_norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return mean_loss, grad_norm
+
+
+class Trainer:
+    """A run in progress: its model, optimizer, folder, and how far it is."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        folder: RunFolder,
+        corpus: Corpus,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.corpus = corpus
+        self.model = model
+        self.optimizer = optimizer
+        self.device = next(model.parameters()).device
+        self.windows = validation_windows(
+            corpus.val, count=config.val_batches, seq_len=config.seq_len
+        )
+        self.step = 0  # steps done
+        self.progress = Progress()
+
+    def run(self) -> int:
+        """The steps that remain, then the final validation. Returns the exit code."""
+        config = self.config
+        bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=None)
+        self.model.train()
+        with bar, StopRequest() as stop:
+            while self.step < config.num_batches:
+                row: dict[str, Any] = {"step": self.step}
+                if _due(self.step, config.validate_every):
+                    row |= self.validate()
+                    bar.write(_validation_line(row))
+                if self.step > 0 and _due(self.step, config.generate_every):
+                    row["sample"] = self.sample()
+                    bar.write(f"step {self.step}, a sample:\n{row['sample']}\n")
+                row |= self.train_one_step()
+                self.folder.log(row)
+                bar.set_postfix_str(_progress_text(row), refresh=False)
+                bar.update()
+                if (
+                    _due(self.step, config.save_every)
+                    or self.step == config.num_batches
+                    or stop.signal_number
+                ):
+                    saved = self.folder.save_step(self.checkpoint(), config.keep_last)
+                if stop.signal_number:
+                    bar.write(
+                        f"stopped after {self.step} steps, saved {saved}; go on with\n"
+                        f"  python train.py --config {self.folder.file('config.yaml')} --resume"
+                    )
+                    return 128 + stop.signal_number
+        self.finish()
+        return 0
+
+    def train_one_step(self) -> dict[str, Any]:
+        """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
+        config, step = self.config, self.step
+        began = time.perf_counter()
+        torch.manual_seed(derive_seed(config.seed, step, "dropout"))
+        batch = training_batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=step,
+            batch_size=config.sequences_per_step,
+            seq_len=config.seq_len,
+        )
+        loss, grad_norm = train_step(self.model, self.optimizer, batch.to(self.device), config)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not finite:
+            if config.on_nonfinite == "stop":
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped, the earlier "
+                    f"checkpoints are good; lower learning_rate or set on_nonfinite: skip"
+                )
+            self.progress.skipped_steps += 1
+        seconds = time.perf_counter() - began
+        self.step += 1
+        self.progress.seconds += seconds
+        return {
+            # JSON has no nan: a skipped step has neither loss nor norm.
+            "train_loss": loss if finite else None,
+            "train_bpc": bits_per_byte(loss) if finite else None,
+            "grad_norm": grad_norm if finite else None,
+            "skipped_steps": self.progress.skipped_steps,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens": self.step * config.tokens_per_step,
+            "tokens_per_second": config.tokens_per_step / seconds,
+            "seconds": self.progress.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """The loss on the fixed windows; keeps the weights if they are the best so far."""
+        loss = evaluate(self.model, self.windows, use_autocast=self.config.use_autocast)
+        if self.config.keep_best and loss < self.progress.best_val_loss:
+            self.progress.best_val_loss = loss
+            self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
+        return {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
+
+    def sample(self) -> str:
+        """The validation split's first bytes as a prompt, and what the model makes of them."""
+        config = self.config
+        prompt = self.corpus.val[: config.generate_prompt_len].tobytes()
+        made = generate_bytes(
+            self.model,
+            prompt,
+            length=config.generate_length,
+            seed=derive_seed(config.seed, self.step, "sample"),
+            temperature=config.temperature,
+            min_p=config.min_p,
+        )
+        return PrintableDecoder().decode(prompt + made, final=True)
+
+    def finish(self) -> None:
+        """Save final.pt, validate on the windows and the whole split, and show a sample."""
+        config = self.config
+        self.folder.save("final.pt", self.checkpoint(with_optimizer=False))
+        row: dict[str, Any] = {"step": self.step, **self.validate()}
+        print(_validation_line(row), flush=True)
+        if config.full_validation:
+            loss = full_validation(
+                self.model,
+                self.corpus.val,
+                seq_len=config.seq_len,
+                use_autocast=config.use_autocast,
+            )
+            row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
+            print(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC", flush=True)
+        if config.generate_every:
+            row["sample"] = self.sample()
+            print(f"step {self.step}, a sample:\n{row['sample']}\n")
+        row |= {
+            "tokens": self.step * config.tokens_per_step,
+            "seconds": self.progress.seconds,
+            "skipped_steps": self.progress.skipped_steps,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        self.folder.log(row)
+        print(f"final weights: {self.folder.file('final.pt')}", flush=True)
+
+    def checkpoint(self, *, with_optimizer: bool = True) -> Checkpoint:
+        return Checkpoint(
+            config=self.config.used(),
+            step=self.step,
+            corpus_sha256=self.corpus.sha256,
+            progress=asdict(self.progress),
+            model_state=self.model.state_dict(),
+            optimizer_state=self.optimizer.state_dict() if with_optimizer else None,
+        )
+
+    def restore(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Go on where `checkpoint`, read from `path`, was made."""
+        if checkpoint.corpus_sha256 != self.corpus.sha256:
+            raise UserError(
+                f"{path}: trained on another text than data_path={self.config.data_path} "
+                f"(SHA-256 {checkpoint.corpus_sha256[:16]}..., here {self.corpus.sha256[:16]}...)"
+            )
+        try:
+            self.model.load_state_dict(checkpoint.model_state)
+            self.optimizer.load_state_dict(checkpoint.optimizer_state or {})
+            self.progress = Progress(**checkpoint.progress)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: does not fit its own config: {error}") from error
+        self.step = checkpoint.step
+
+
+def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig) -> None:
+    """Raise UserError unless going on from `checkpoint` with `config` continues the same run."""
+    if checkpoint.optimizer_state is None:
+        raise UserError(
+            f"{path}: holds weights only; resume from a checkpoint_*.pt of the same folder"
+        )
+    before = checkpoint.experiment(path)
+    if before.model != config.model:
+        raise UserError(
+            f"{path}: holds model: {before.model}, the config asks for model: {config.model}"
+        )
+    then, now = before.used(), config.used()
+    differing = [key for key in now if key not in FREE_ON_RESUME and then[key] != now[key]]
+    if differing:
+        changes = ", ".join(f"{key}={now[key]} (was {then[key]})" for key in differing)
+        raise UserError(f"{path}: the run to resume has another config: {changes}; set it back")
+    if checkpoint.step > config.num_batches:
+        raise UserError(
+            f"num_batches={config.num_batches}: {path} is at step {checkpoint.step} already; "
+            f"raise num_batches"
+        )
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _validation_line(row: dict[str, Any]) -> str:
+    return f"step {row['step']}: validation loss {row['val_loss']:.4f}, {row['val_bpc']:.4f} BPC"
+
+
+def _progress_text(row: dict[str, Any]) -> str:
+    if row["train_loss"] is None:
+        return "not finite, skipped"
+    return (
+        f"loss {row['train_loss']:.3f}, {row['train_bpc']:.3f} BPC, "
+        f"{row['tokens_per_second']:,.0f} B/s"
+    )

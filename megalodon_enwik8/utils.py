@@ -1,0 +1,67 @@
+"""Small helpers: device choice, derived seeds, memory, units."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import resource
+import sys
+
+import torch
+
+from megalodon_enwik8.errors import UserError
+
+DEVICES = ("cuda", "mps", "cpu")
+
+
+def choose_device() -> torch.device:
+    """The device named by FORCE_DEVICE, else the first of CUDA, MPS and CPU that is there.
+
+    Raises UserError for an unknown or absent device.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    available = [name for name in DEVICES if present[name]]
+    forced = os.environ.get("FORCE_DEVICE", "").strip().lower()
+    if not forced:
+        return torch.device(available[0])
+    if forced not in DEVICES:
+        raise UserError(f"FORCE_DEVICE={forced}: must be one of {', '.join(DEVICES)}")
+    if forced not in available:
+        raise UserError(
+            f"FORCE_DEVICE={forced}: PyTorch {torch.__version__} finds no such device here; "
+            f"use {' or '.join(available)}"
+        )
+    return torch.device(forced)
+
+
+def derive_seed(seed: int, step: int, purpose: str) -> int:
+    """A 63-bit seed that is a pure function of its arguments, for torch.manual_seed.
+
+    Seeding anew at each step makes dropout and sampling depend on nothing that happened
+    before, so that a resumed run needs no stored generator state to be exact.
+    """
+    digest = hashlib.blake2b(f"{seed} {step} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """bfloat16 autocast. float16 is not served: it overflows in Megalodon's cumulative norm."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: by tensors on a CUDA device, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def bits_per_byte(loss: float) -> float:
+    """Nats per byte to bits per byte (called BPC, bits per character, on enwik8)."""
+    return loss / math.log(2)

@@ -1,0 +1,59 @@
+"""Train a model: python train.py --config configs/quickstart.yaml [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megalodon_enwik8.errors import UserError, run_main
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or from the newest valid one of the run folder",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that the run folder holds"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces the config's value"
+    )
+    options = parser.parse_intermixed_args(argv)
+    if options.resume and "=" in options.resume and not options.resume.endswith(".pt"):
+        # `--resume key=value`: the optional path swallowed an override.
+        options.overrides.insert(0, options.resume)
+        options.resume = ""
+    if options.overwrite and options.resume is not None:
+        parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    # Imported after the command line is known to be good: torch takes seconds to load.
+    from megalodon_enwik8.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    import torch
+
+    from megalodon_enwik8.training import train
+
+    try:
+        return train(config, resume=options.resume, overwrite=options.overwrite)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(
+            f"out of memory: lower batch_size={config.batch_size} and raise grad_accum_every="
+            f"{config.grad_accum_every} as much, or set gradient_checkpointing: true"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
