@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
+from megalodon_enwik8.command_line import Parser
 from megalodon_enwik8.errors import UserError, run_main
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(argv: Sequence[str] | None) -> Namespace:
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/")
     parser.add_argument(
         "--resume",

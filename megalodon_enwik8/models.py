@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.llama import build_llama
@@ -33,6 +35,21 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def restore_model(checkpoint: Checkpoint, path: str | Path) -> PreTrainedModel:
+    """The model that a checkpoint read from `path` holds, on the CPU, in evaluation mode."""
+    model = build_model(checkpoint.experiment(path))
+    load_weights(model, checkpoint, path)
+    return model.eval()
+
+
+def load_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | Path) -> None:
+    """Raises UserError when the weights are not those of the checkpoint's own config."""
+    try:
+        model.load_state_dict(checkpoint.model_state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its weights do not fit its own config: {error}") from error
 
 
 def summed_loss(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.evaluation import evaluate, full_validation
 from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
 from megalodon_enwik8.interrupt import StopRequest
-from megalodon_enwik8.models import build_model, compile_layers, summed_loss
+from megalodon_enwik8.models import build_model, compile_layers, load_weights, summed_loss
 from megalodon_enwik8.run_folder import RunFolder, open_run
 from megalodon_enwik8.utils import (
     autocast,
@@ -285,12 +285,12 @@ class Trainer:
                 f"{path}: trained on another text than data_path={self.config.data_path} "
                 f"(SHA-256 {checkpoint.corpus_sha256[:16]}..., here {self.corpus.sha256[:16]}...)"
             )
+        load_weights(self.model, checkpoint, path)
         try:
-            self.model.load_state_dict(checkpoint.model_state)
             self.optimizer.load_state_dict(checkpoint.optimizer_state or {})
             self.progress = Progress(**checkpoint.progress)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: does not fit its own config: {error}") from error
+            raise UserError(f"{path}: its optimizer does not fit its weights: {error}") from error
         self.step = checkpoint.step
 
 

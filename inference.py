@@ -1,0 +1,120 @@
+"""Continue a text: python inference.py runs/X/final.pt --prompt "Once upon a time" """
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalodon_enwik8.command_line import Parser, number, whole_number
+from megalodon_enwik8.errors import UserError, run_main
+
+MAX_PROMPT_BYTES = 1 << 30
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", help="final.pt, best.pt or a checkpoint_*.pt of a run folder")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the text to continue; by default stdin is read")
+    source.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
+    parser.add_argument(
+        "--max-length",
+        type=whole_number(1),
+        default=512,
+        metavar="N",
+        help="new bytes to make (%(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(0),
+        default=1.0,
+        metavar="T",
+        help="0 takes the likeliest byte each time (%(default)s)",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=number(0, 1),
+        default=0.1,
+        metavar="P",
+        help="leave out bytes less likely than P times the likeliest (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=whole_number(1), metavar="K", help="leave out all but the K likeliest"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=7, metavar="N", help="(%(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def read_prompt(options: argparse.Namespace) -> bytes:
+    """The prompt's bytes, from the option, the file or stdin; a UserError if there are none."""
+    if options.prompt is not None:
+        prompt, source = os.fsencode(options.prompt), "--prompt"
+    elif options.prompt_file is not None:
+        source = options.prompt_file
+        try:
+            with open(source, "rb") as file:
+                prompt = file.read(MAX_PROMPT_BYTES + 1)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--prompt-file {source}: cannot be read: {reason}") from None
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt, --prompt-file, or a text on stdin")
+    else:
+        prompt, source = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "stdin"
+    if not prompt:
+        raise UserError(f"the prompt from {source} is empty: give at least one byte to continue")
+    if len(prompt) > MAX_PROMPT_BYTES:
+        raise UserError(f"the prompt from {source} is longer than {MAX_PROMPT_BYTES} bytes")
+    return prompt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    prompt = read_prompt(options)
+    # Imported after the command line is known to be good: torch takes seconds to load.
+    from megalodon_enwik8.checkpoint import load_checkpoint
+    from megalodon_enwik8.generation import ByteStreamer, generate_bytes
+    from megalodon_enwik8.models import restore_model
+    from megalodon_enwik8.utils import choose_device
+
+    device = choose_device()
+    path = Path(options.checkpoint)
+    model = restore_model(load_checkpoint(path), path)
+    model.to(device)  # type: ignore[arg-type]
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    began = time.perf_counter()
+    generate_bytes(
+        model,
+        prompt,
+        length=options.max_length,
+        seed=options.seed,
+        temperature=options.temperature,
+        min_p=options.min_p,
+        top_k=options.top_k,
+        streamer=ByteStreamer(write),
+    )
+    seconds = time.perf_counter() - began
+    write("\n")
+    print(
+        f"{options.max_length} bytes after a prompt of {len(prompt)} in {seconds:.1f} s: "
+        f"{options.max_length / seconds:.1f} tokens per second",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
