@@ -1,0 +1,170 @@
+"""The state of a Megalodon: fixed in size, whatever the length of the text."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .configuration_megalodon import MegalodonConfig
+from .ops.chunk_attention import AttentionState
+from .ops.timestep_norm import TimestepNormState
+
+
+class LayerState(NamedTuple):
+    """What one block carries from token to token."""
+
+    norm: TimestepNormState
+    cema: Tensor  # (B, D, N, 2)
+    attention: AttentionState  # the current chunk's keys and values
+
+
+State = TypeVar("State")
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Apply a function to every tensor of a nested state."""
+    if isinstance(state, Tensor):
+        return function(state)  # type: ignore[return-value]
+    return type(state)(*(map_state(function, part) for part in state))  # type: ignore[call-overload, attr-defined, no-any-return]
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    return [tensor for part in state for tensor in _tensors(part)]
+
+
+class MegalodonCache(Cache):
+    """Per-layer states, and how much text each row has behind it.
+
+    Pass the cache of one call as ``past_key_values`` of the next, with the tokens that follow.
+    The model fills the same object.
+
+    Attributes:
+        states: one :class:`LayerState` a layer, empty before the first call.
+        final_norm: state of the last TimestepNorm.
+        lengths: (B,) int64, tokens of each row's document so far, without padding.
+        uniform_length: the same as a number where all rows agree, else ``None``.
+        positions: positions seen, padding included.
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(layers=[])
+        self.signature = _signature(config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.states: list[LayerState] = []
+        self.final_norm: TimestepNormState | None = None
+        self.lengths: Tensor | None = None
+        self.uniform_length: int | None = 0
+        self.positions = 0
+
+    def check(self, config: MegalodonConfig, batch_size: int) -> None:
+        """Raise ValueError if the cache is another model's or another batch's."""
+        wanted = _signature(config)
+        for key, value in wanted.items():
+            if self.signature[key] != value:
+                raise ValueError(
+                    f"past_key_values comes from another model: its {key} is "
+                    f"{self.signature[key]}, this model's is {value}; start with a new cache"
+                )
+        if self.lengths is not None and self.batch_size != batch_size:
+            raise ValueError(
+                f"past_key_values holds {self.batch_size} rows and the input has {batch_size}; "
+                "pass as many rows as the cache holds, or start with a new cache"
+            )
+
+    def advance(
+        self,
+        states: list[LayerState],
+        final_norm: TimestepNormState,
+        positions: int,
+        uniform: bool,
+    ) -> None:
+        """Take in the states after `positions` more positions; uniform says whether every row
+        took all of them, without padding or borders."""
+        self.states = states
+        self.final_norm = final_norm
+        self.lengths = final_norm.count
+        if uniform and self.uniform_length is not None:
+            self.uniform_length += positions
+        else:
+            self.uniform_length = None
+        self.positions += positions
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MegalodonCache":
+        """Apply a function to every tensor, in place of the old ones. Returns the cache."""
+        if self.final_norm is not None:
+            self.states = [map_state(function, state) for state in self.states]
+            self.final_norm = map_state(function, self.final_norm)
+            self.lengths = self.final_norm.count
+        return self
+
+    def detach(self) -> "MegalodonCache":
+        """Cut the states off from the graph that made them, for truncated backpropagation."""
+        return self.map(Tensor.detach)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the state in bytes; the same at position ten and at ten million."""
+        if self.final_norm is None:
+            return 0
+        return sum(t.nbytes for t in _tensors((*self.states, self.final_norm)))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first call."""
+        return -1 if self.lengths is None else self.lengths.shape[0]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __repr__(self) -> str:
+        return f"MegalodonCache(positions={self.positions}, nbytes={self.nbytes})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.positions
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.lengths is not None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "a MegalodonCache cannot be cropped: its averages have no way back; keep a "
+                "copy.deepcopy of the cache at the place to return to"
+            )
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.lengths is not None
+
+
+def _signature(config: MegalodonConfig) -> dict[str, int]:
+    keys = ("num_layers", "model_dim", "num_heads", "z_dim", "value_dim")
+    keys += ("cema_ndim", "chunk_size", "norm_num_groups")
+    return {key: getattr(config, key) for key in keys}

@@ -1,0 +1,153 @@
+"""Configuration of a Megalodon model."""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+InitMode = Literal["he", "xavier", "bert", "gaussian", "none"]
+
+
+@strict
+class MegalodonConfig(PreTrainedConfig):
+    """Sizes and options of a Megalodon (Ma et al. 2024, arXiv 2404.08801).
+
+    Args:
+        vocab_size: number of token ids; 256 for bytes.
+        model_dim: width D of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads H.
+        z_dim: width Z of the shared query/key representation, over all heads.
+        value_dim: width E of the values and the gate, over all heads.
+        ffn_hidden_dim: width F inside the feed-forward network.
+        cema_ndim: order N of the complex moving average, per channel.
+        chunk_size: tokens C of an attention chunk.
+        norm_num_groups: groups G of TimestepNorm.
+        norm_eps: epsilon of every normalisation.
+        rope_base: base of the rotary frequencies.
+        swiglu: whether the feed-forward network is gated.
+        rescale_nffn: whether a learned per-channel factor scales the feed-forward branch.
+        scale_emb: whether embeddings are multiplied by sqrt(D).
+        output_ffn_bias: whether W_h2 and the feed-forward matrices have biases. The released
+            models have none there.
+        init_mode: initialisation of the matrices: ``he`` (std 1/sqrt(3 fan_in), which is what
+            the released code calls he), ``xavier`` (uniform), ``bert`` (std 0.02), ``gaussian``
+            (std 1/sqrt(D), truncated at three of them) or ``none`` (PyTorch's own).
+        dropout: on the embeddings and on both branches of a block.
+        attention_dropout: on the attention map.
+        hidden_dropout: on the moving average, the gated attention and inside the FFN.
+        tie_word_embeddings: whether the output matrix is the embedding.
+        use_cache: whether an evaluating model returns its state.
+    """
+
+    model_type = "megalodon"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "model_dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "ffn_hidden_dim",
+    }
+
+    vocab_size: int = 256
+    model_dim: int = 384
+    num_layers: int = 6
+    num_heads: int = 3
+    z_dim: int = 192
+    value_dim: int = 384
+    ffn_hidden_dim: int = 1024
+    cema_ndim: int = 8
+    chunk_size: int = 256
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    rope_base: float | int = 10000.0
+    swiglu: bool = True
+    rescale_nffn: bool = False
+    scale_emb: bool = False
+    output_ffn_bias: bool = True
+    init_mode: InitMode = "he"
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no Megalodon can have. Raises ValueError naming the key."""
+        for key in (
+            "vocab_size",
+            "model_dim",
+            "num_layers",
+            "num_heads",
+            "z_dim",
+            "value_dim",
+            "ffn_hidden_dim",
+            "cema_ndim",
+            "chunk_size",
+            "norm_num_groups",
+        ):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        for key, divisor in (
+            ("model_dim", "norm_num_groups"),
+            ("z_dim", "num_heads"),
+            ("value_dim", "num_heads"),
+        ):
+            value, by = getattr(self, key), getattr(self, divisor)
+            if value % by:
+                raise ValueError(f"{key}={value}: must be a multiple of {divisor}={by}")
+        if (self.z_dim // self.num_heads) % 2:
+            raise ValueError(
+                f"z_dim={self.z_dim}: z_dim / num_heads must be even, for the rotary pairs"
+            )
+        for key in ("dropout", "attention_dropout", "hidden_dropout"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be in [0, 1)")
+
+    @classmethod
+    def _released(cls, defaults: dict[str, Any], overrides: dict[str, Any]) -> "MegalodonConfig":
+        family = {
+            "vocab_size": 32000,
+            "cema_ndim": 16,
+            "chunk_size": 2048,
+            "swiglu": False,
+            "output_ffn_bias": False,
+            "tie_word_embeddings": False,
+        }
+        return cls(**{**family, **defaults, **overrides})
+
+    @classmethod
+    def mega200m(cls, **overrides: Any) -> "MegalodonConfig":
+        """The released mega200M: 220,627,968 parameters."""
+        sizes = {"model_dim": 1024, "num_layers": 12, "num_heads": 1, "z_dim": 256}
+        sizes |= {"value_dim": 2048, "ffn_hidden_dim": 2560, "norm_num_groups": 32}
+        return cls._released(sizes, overrides)
+
+    @classmethod
+    def mega1_3b(cls, **overrides: Any) -> "MegalodonConfig":
+        """The released mega1.3B: 1,342,832,640 parameters."""
+        sizes = {"model_dim": 2048, "num_layers": 24, "num_heads": 2, "z_dim": 512}
+        sizes |= {"value_dim": 4096, "ffn_hidden_dim": 4864, "norm_num_groups": 64}
+        return cls._released(sizes, overrides)
+
+    @classmethod
+    def mega1_3b_pg19(cls, **overrides: Any) -> "MegalodonConfig":
+        """The released mega1.3B_pg19: 1,327,628,288 parameters."""
+        options = {"ffn_hidden_dim": 3584, "swiglu": True, "scale_emb": True}
+        return cls.mega1_3b(**{**options, "tie_word_embeddings": True, **overrides})
+
+    @classmethod
+    def mega7_1b(cls, **overrides: Any) -> "MegalodonConfig":
+        """The released mega7.1B: 7,117,381,632 parameters."""
+        sizes = {"model_dim": 4096, "num_layers": 32, "num_heads": 4, "z_dim": 1024}
+        sizes |= {"value_dim": 8192, "ffn_hidden_dim": 11264, "norm_num_groups": 64}
+        return cls._released(sizes, overrides)
+
+    @classmethod
+    def mega7_3b(cls, **overrides: Any) -> "MegalodonConfig":
+        """The released mega7.3B, the 7B of the paper: 7,385,817,088 parameters."""
+        options = {"ffn_hidden_dim": 8192, "swiglu": True, "chunk_size": 4096}
+        return cls.mega7_1b(**{**options, "rope_base": 100000.0, **overrides})

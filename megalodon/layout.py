@@ -1,0 +1,143 @@
+"""How a batch lies: what the masks, positions and cache of a call mean for the operations."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import MegalodonCache
+from .ops.cema import BLOCK
+from .ops.segments import Segments, build_segments
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every block of one forward pass shares.
+
+    rotary: (L, 2, d/2) or (B, L, 2, d/2), cos and sin at each token's place in its chunk.
+    offset: tokens of the current chunk that the cache holds; (B,) where one token is decoded.
+    segments: padding and document borders, ``None`` for plain text.
+    return_state: whether the states after the last token are wanted.
+    """
+
+    rotary: Tensor
+    offset: int | Tensor
+    segments: Segments | None
+    return_state: bool
+
+
+def read_layout(
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    cache: MegalodonCache | None,
+    rotary: Tensor,
+    chunk_size: int,
+    *,
+    return_state: bool,
+) -> Layout:
+    """The layout of x (B, L, D). Raises ValueError for shapes that do not fit."""
+    batch, length = x.shape[:2]
+    mask = _read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
+    lengths = None if cache is None else cache.lengths
+    border = _read_borders(position_ids, segment_ids, mask, lengths, batch, length)
+    uniform = 0 if cache is None else cache.uniform_length
+
+    if mask is None and border is None:
+        if length == 1 and lengths is not None:
+            offset = lengths % chunk_size
+            return Layout(rotary[offset].unsqueeze(1), offset, None, return_state)
+        if uniform is not None:
+            start = uniform % chunk_size
+            places = torch.arange(start, start + length, device=x.device) % chunk_size
+            return Layout(rotary[places], start, None, return_state)
+
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+    if border is None:
+        border = torch.zeros_like(mask)
+    if lengths is None:
+        lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    segments = build_segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
+    return Layout(rotary[segments.chunk_position], 0, segments, return_state)
+
+
+def _read_mask(
+    attention_mask: Tensor | None, batch: int, length: int, past: int
+) -> Tensor | None:
+    """(B, L) bool, or ``None`` where nothing is masked."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape not in (
+        (batch, length),
+        (batch, past + length),
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
+            f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")
+        )
+    mask = attention_mask[:, -length:].bool()
+    return None if mask.all() else mask
+
+
+def _read_borders(
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    batch: int,
+    length: int,
+) -> Tensor | None:
+    """(B, L) bool, True where a document begins that does not go on from the cache; ``None``
+    where none does."""
+    border = None
+    if position_ids is not None:
+        position_ids = _as_rows("position_ids", position_ids, batch, length)
+        before = _previous_valid(position_ids, mask)
+        first = before < 0
+        border = (position_ids != before + 1) & ~first
+        if lengths is not None:
+            seen = lengths.unsqueeze(1)
+            restart = first & (position_ids == 0) & (seen > 0)
+            wrong = first & (position_ids != seen) & ~restart
+            if mask is not None:
+                wrong = wrong & mask
+            if wrong.any():
+                raise ValueError(
+                    "position_ids do not continue the cache: a row's first position must be the "
+                    "number of its tokens in the cache, or 0 for a new document"
+                )
+            border = border | restart
+    if segment_ids is not None:
+        segment_ids = _as_rows("segment_ids", segment_ids, batch, length)
+        if bool((segment_ids < 0).any()):
+            raise ValueError("segment_ids must not be negative; mark padding in attention_mask")
+        before = _previous_valid(segment_ids, mask)
+        change = (segment_ids != before) & (before >= 0)
+        border = change if border is None else border | change
+    if border is None:
+        return None
+    if mask is not None:
+        border = border & mask
+    return border if border.any() else None
+
+
+def _as_rows(name: str, ids: Tensor, batch: int, length: int) -> Tensor:
+    if ids.dim() == 1:
+        ids = ids.unsqueeze(0)
+    if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)}; it must be ({batch}, {length})"
+        )
+    return ids.expand(batch, length)
+
+
+def _previous_valid(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The id at the last unmasked place before each one; -1 where there is none."""
+    padded = torch.nn.functional.pad(ids, (1, 0), value=-1)  # place t is at t + 1
+    places = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
+    if mask is not None:
+        places = torch.where(mask, places, 0)
+    latest = torch.nn.functional.pad(places.cummax(1).values[:, :-1], (1, 0))
+    return padded.gather(1, latest)

@@ -1,0 +1,507 @@
+"""Megalodon in PyTorch: the modules around the operations of :mod:`megalodon.ops`.
+
+Ma et al. 2024, "Megalodon: Efficient LLM Pretraining and Inference with Unlimited Context
+Length" (arXiv 2404.08801).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .cache import LayerState, MegalodonCache
+from .configuration_megalodon import MegalodonConfig
+from .layout import Layout, read_layout
+from .ops.cema import cema, cema_coefficients
+from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
+from .ops.timestep_norm import TimestepNormState, timestep_norm
+
+
+class Float32Module(nn.Module):
+    """A module whose parameters stay float32 when the model is cast to a shorter type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype in (torch.bfloat16, torch.float16) and tensor.dtype in (
+                torch.float32,
+                torch.float64,
+            ):
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_precision, recurse)
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=_parameter_dtype()))
+
+
+def _parameter_dtype() -> torch.dtype:
+    """float32, or float64 where that is the default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class MegalodonTimestepNorm(Float32Module):
+    """See :func:`megalodon.ops.timestep_norm.timestep_norm`."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.num_groups, self.eps = config.norm_num_groups, config.norm_eps
+        self.weight, self.bias = _zeros(config.model_dim), _zeros(config.model_dim)
+
+    def forward(
+        self, x: Tensor, state: TimestepNormState | None, layout: Layout
+    ) -> tuple[Tensor, TimestepNormState]:
+        return timestep_norm(
+            x, self.weight, self.bias, self.num_groups, self.eps, state, layout.segments
+        )
+
+
+class MegalodonRMSNorm(Float32Module):
+    """x / rms(x) * (weight + 1)."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = _zeros(config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight + 1, self.eps).to(x.dtype)
+
+
+class MegalodonLayerNorm(Float32Module):
+    """Layer normalisation whose weight is stored minus one."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight, self.bias = _zeros(config.model_dim), _zeros(config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.layer_norm(wide, self.weight.shape, self.weight + 1, self.bias, self.eps)
+        return y.to(x.dtype)
+
+
+class MegalodonCEMA(Float32Module):
+    """See :func:`megalodon.ops.cema.cema`; gamma holds real and imaginary part in its last axis."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        dim, order = config.model_dim, config.cema_ndim
+        self.alpha, self.delta = _zeros(dim, order), _zeros(dim, order)
+        self.theta, self.omega = _zeros(dim), _zeros(dim)
+        self.gamma = _zeros(dim, order, 2)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, Tensor | None]:
+        coefficients = cema_coefficients(
+            self.alpha, self.delta, self.theta, self.gamma, self.omega
+        )
+        return cema(x, coefficients, state, layout.segments, return_state=layout.return_state)
+
+    def reset_parameters(self) -> None:
+        """Initialise as the paper's code does; safe on already loaded parameters."""
+        dim = self.alpha.shape[0]
+        init.normal_(self.alpha, std=0.2)
+        init.normal_(self.delta, std=0.2)
+        k = torch.arange(1, dim + 1, dtype=torch.float64, device=self.theta.device)
+        frequency = torch.exp(-k * (math.log(dim) / dim))
+        order = torch.randperm(dim, device=self.theta.device)
+        init.copy_(self.theta, torch.logit(frequency[order], eps=1e-6).to(self.theta.dtype))
+        gamma = torch.zeros_like(self.gamma)
+        gamma[..., 0].normal_()
+        init.copy_(self.gamma, gamma)
+        init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
+
+
+class MegalodonQueryKey(Float32Module):
+    """Queries and keys from one shared representation: per-head RMS norm, two affine maps, RoPE."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.norm_eps
+        self.gamma, self.beta = _zeros(2, config.z_dim), _zeros(2, config.z_dim)
+
+    def forward(self, z: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, L, Z) -> q, k (B, L, H, Z/H) in the dtype of z."""
+        heads = z.unflatten(-1, (self.num_heads, -1)).to(
+            torch.promote_types(z.dtype, torch.float32)
+        )
+        heads = heads * (heads.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        scale = (self.gamma + 1) / math.sqrt(heads.shape[-1])
+        q, k = (
+            apply_rotary(torch.addcmul(b, heads, s), rotary).to(z.dtype)
+            for s, b in zip(self._split(scale), self._split(self.beta), strict=True)
+        )
+        return q, k
+
+    def _split(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        return parameter.unflatten(-1, (self.num_heads, -1)).unbind(0)
+
+
+class MegalodonFFN(nn.Module):
+    """W_2 (silu(W_1 u) * W_3 u), or W_2 silu(W_1 u); scaled by alpha if `rescale_nffn`."""
+
+    def __init__(self, config: MegalodonConfig, layer_idx: int) -> None:
+        super().__init__()
+        dim, hidden, bias = config.model_dim, config.ffn_hidden_dim, config.output_ffn_bias
+        self.layer_idx, self.dropout = layer_idx, config.hidden_dropout
+        self.w1 = nn.Linear(dim, hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, dim, bias=bias)
+        self.w3 = nn.Linear(dim, hidden, bias=bias) if config.swiglu else None
+        self.alpha = nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.w1(x))
+        if self.w3 is not None:
+            hidden = hidden * self.w3(x)
+        y = self.w2(F.dropout(hidden, self.dropout, self.training))
+        return y if self.alpha is None else y * self.alpha
+
+
+class MegalodonBlock(GradientCheckpointingLayer):
+    """One block: gated chunk attention over a moving average, then a feed-forward network.
+
+    The second hop's residual is the block's input, not the first hop's output (section 3.5).
+    The state is an argument and a result, so that a recomputed forward is the same forward.
+    """
+
+    def __init__(self, config: MegalodonConfig, layer_idx: int) -> None:
+        super().__init__()
+        dim, bias = config.model_dim, config.output_ffn_bias
+        self.config = config
+        self.timestep_norm = MegalodonTimestepNorm(config)
+        self.cema = MegalodonCEMA(config)
+        self.rms_norm = MegalodonRMSNorm(config)
+        self.wz = nn.Linear(dim, config.z_dim)
+        self.wv = nn.Linear(dim, config.value_dim)
+        self.wr = nn.Linear(dim, config.value_dim)
+        self.wh1 = nn.Linear(dim, dim)
+        self.wh2 = nn.Linear(config.value_dim, dim, bias=bias)
+        self.query_key = MegalodonQueryKey(config)
+        self.ffn_norm = MegalodonLayerNorm(config)
+        self.ffn = MegalodonFFN(config, layer_idx)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, layout: Layout
+    ) -> tuple[Tensor, LayerState | None]:
+        """x (B, L, D) and what came before -> (B, L, D) and the state after it, if wanted."""
+        norm_state, cema_state, attention_state = state or (None, None, None)
+        x_tn, norm_state = self.timestep_norm(x, norm_state, layout)
+        mx, cema_state = self.cema(x_tn, cema_state, layout)
+        mx = self._dropout(self.rms_norm(mx), self.config.hidden_dropout)
+        a, attention_state = self._attention(x_tn, mx, attention_state, layout)
+        gated = self._dropout(a * F.silu(self.wr(mx)), self.config.hidden_dropout)
+        y = x + self._dropout(self.wh1(mx) + self.wh2(gated), self.config.dropout)
+        out = x + self._dropout(self.ffn(self.ffn_norm(y)), self.config.dropout)
+        if not layout.return_state:
+            return out, None
+        assert cema_state is not None and attention_state is not None
+        return out, LayerState(norm_state, cema_state, attention_state)
+
+    def _attention(
+        self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
+    ) -> tuple[Tensor, AttentionState | None]:
+        config = self.config
+        q, k = self.query_key(self.wz(mx), layout.rotary)
+        v = F.silu(self.wv(x_tn)).unflatten(-1, (config.num_heads, -1))
+        a, state = chunk_attention(
+            q,
+            k,
+            v,
+            config.chunk_size,
+            state=state,
+            offset=layout.offset,
+            segments=layout.segments,
+            dropout=config.attention_dropout if self.training else 0.0,
+            fused=config._attn_implementation != "eager",
+            return_state=layout.return_state,
+        )
+        return a.flatten(-2), state
+
+    def _dropout(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p, self.training) if p else x
+
+
+class MegalodonPreTrainedModel(PreTrainedModel):
+    """What every Megalodon has in common: configuration, initialisation, what transformers asks."""
+
+    config_class = MegalodonConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _is_stateful = True
+    _no_split_modules = ("MegalodonBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = (
+        "timestep_norm",
+        "cema",
+        "rms_norm",
+        "query_key",
+        "ffn_norm",
+        "final_norm",
+    )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            self._init_linear(module)
+        elif isinstance(module, nn.Embedding):
+            self._init_gaussian(module.weight)
+        elif isinstance(module, MegalodonCEMA):
+            module.reset_parameters()
+        elif isinstance(module, MegalodonFFN) and module.alpha is not None:
+            init.constant_(module.alpha, 0.1 * 0.5**module.layer_idx)
+        elif isinstance(module, Float32Module):
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
+
+    def _init_linear(self, linear: nn.Linear) -> None:
+        weight, mode = linear.weight, self.config.init_mode
+        if linear is self.get_output_embeddings():
+            self._init_gaussian(weight)
+        elif mode == "he":
+            init.normal_(weight, std=1.0 / math.sqrt(3 * linear.in_features))
+        elif mode == "xavier":
+            init.xavier_uniform_(weight)
+        elif mode == "bert":
+            init.normal_(weight, std=0.02)
+        elif mode == "gaussian":
+            self._init_gaussian(weight)
+        else:  # "none": PyTorch's own
+            init.kaiming_uniform_(weight, a=math.sqrt(5))
+            if linear.bias is not None:
+                bound = 1.0 / math.sqrt(linear.in_features)
+                init.uniform_(linear.bias, -bound, bound)
+            return
+        if linear.bias is not None:
+            init.zeros_(linear.bias)
+
+    def _init_gaussian(self, weight: Tensor) -> None:
+        std = 1.0 / math.sqrt(self.config.model_dim)
+        init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+    def half(self) -> "MegalodonPreTrainedModel":
+        _refuse_float16(torch.float16)
+        return self
+
+
+def _refuse_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise ValueError(
+            "Megalodon does not run in float16, whose range its norms overflow; "
+            "use bfloat16 or float32"
+        )
+
+
+class MegalodonModel(MegalodonPreTrainedModel):
+    """Embedding, blocks and the final TimestepNorm."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
+        self.final_norm = MegalodonTimestepNorm(config)
+        self.gradient_checkpointing = False
+        self._rotary_tables: dict[torch.device, Tensor] = {}
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegalodonCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states of a piece of text.
+
+        Args:
+            input_ids: (B, L) token ids, or `inputs_embeds` (B, L, D) in their place.
+            attention_mask: (B, L), or (B, positions in the cache + L): 0 at padding, which may
+                stand anywhere. Padding changes nothing for the other tokens.
+            position_ids: (B, L); where they do not count on by one, a new document begins.
+                Their absolute value has no other meaning: Megalodon's only positions are those
+                inside a chunk.
+            past_key_values: the state after the text before, which is then brought up to date.
+            segment_ids: (B, L) document numbers; where they change, a new document begins.
+            use_cache: whether to return the state. Default: the config's `use_cache` when
+                evaluating, False when training.
+            output_hidden_states: whether to return the input of every block as well, and the
+                final hidden states.
+
+        Raises:
+            ValueError: for a cache of another model or batch size, a mask or positions of the
+                wrong shape, ids outside the vocabulary, float16.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        if past_key_values is not None:
+            if not isinstance(past_key_values, MegalodonCache):
+                raise ValueError(
+                    f"past_key_values is a {type(past_key_values).__name__}; Megalodon keeps its "
+                    "state in a MegalodonCache"
+                )
+            past_key_values.check(self.config, x.shape[0])
+        if use_cache is None:
+            use_cache = past_key_values is not None or (
+                self.config.use_cache and not self.training
+            )
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = MegalodonCache(self.config)
+        layout = read_layout(
+            x,
+            attention_mask,
+            position_ids,
+            segment_ids,
+            cache,
+            self._rotary(x.device),
+            self.config.chunk_size,
+            return_state=bool(use_cache),
+        )
+        continued = cache is not None and cache.final_norm is not None
+        hidden_states: list[Tensor] = []
+        states: list[LayerState] = []
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states.append(x)
+            state = cache.states[i] if cache is not None and continued else None
+            x, state = layer(x, state, layout)
+            if state is not None:
+                states.append(state)
+        norm_state = cache.final_norm if cache is not None and continued else None
+        x, norm_state = self.final_norm(x, norm_state, layout)
+        if cache is not None and use_cache:
+            cache.advance(states, norm_state, x.shape[1], layout.segments is None)
+        if output_hidden_states:
+            hidden_states.append(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+                raise ValueError(
+                    f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length) "
+                    "with at least one token"
+                )
+            try:
+                inputs_embeds = self.embed_tokens(input_ids)
+            except IndexError:
+                raise ValueError(
+                    f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, "
+                    f"outside the vocabulary of {self.embed_tokens.num_embeddings}"
+                ) from None
+        x = inputs_embeds
+        _refuse_float16(x.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            _refuse_float16(torch.get_autocast_dtype(x.device.type))
+        if self.config.scale_emb:
+            x = x * math.sqrt(self.config.model_dim)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _rotary(self, device: torch.device) -> Tensor:
+        """The rotary table on a device, made once: it is a constant, not a parameter."""
+        if device not in self._rotary_tables:
+            config = self.config
+            head_dim = config.z_dim // config.num_heads
+            table = rotary_table(config.chunk_size, head_dim, config.rope_base, device)
+            self._rotary_tables[device] = table
+        return self._rotary_tables[device]
+
+
+class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
+    """A Megalodon with the output matrix of a language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.model = MegalodonModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegalodonCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Next-token logits, and the loss where labels are given.
+
+        Args:
+            labels: (B, L), the input ids themselves: the shift by one happens here. -100 is
+                left out, and so is the first token of every document after the first.
+            logits_to_keep: how many last positions get logits (0: all), or their indices.
+            loss_kwargs: `num_items_in_batch` and what else transformers' loss takes.
+
+        The other arguments are those of :meth:`MegalodonModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        x = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a Megalodon "
+                "has one kind of cache, fixed in size already; leave it unset"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MegalodonCache(self.config)

@@ -1,0 +1,1 @@
+"""The mathematics of Megalodon as pure functions: a literal reference beside each fast form."""

@@ -1,0 +1,237 @@
+"""Causal attention inside consecutive chunks of C tokens, and rotary position embedding.
+
+Ma et al. 2024 (arXiv 2404.08801), section 3.4. A token sees the tokens of its own chunk up to
+itself and nothing else; a last, shorter chunk is allowed. The scores are q k^T as they are: the
+1/sqrt(d) is part of q and k already.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import without_autocast
+from .segments import Segments, gather_slots, scatter_slots
+
+SCORES_LIMIT = 512
+"""On a CPU, the chunk size up to which whole score matrices beat the fused kernel."""
+
+
+class AttentionState(NamedTuple):
+    """Keys (B, C, H, Z/H) and values (B, C, H, E/H) of the current chunk, filled from slot 0.
+
+    How many slots are filled is the number of tokens seen modulo C, which the caller keeps.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+def rotary_table(
+    chunk_size: int, head_dim: int, base: float, device: torch.device | str | None = None
+) -> Tensor:
+    """cos and sin of the angles at each position of a chunk: (C, 2, head_dim / 2), float32.
+
+    Su et al. 2021 (arXiv 2104.09864): position m turns pair i by m base^(-2i/d). The angles are
+    taken in float64, since a position of a few thousand costs a float32 angle four digits.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    angle = torch.outer(torch.arange(chunk_size, dtype=torch.float64), base**-exponent)
+    return torch.stack([angle.cos(), angle.sin()], dim=1).to(device, torch.float32)
+
+
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + d/2}) of x (B, L, H, d) by rotary (L or B, L; 2; d/2)."""
+    cos, sin = rotary.unsqueeze(-3).unbind(-2)  # (..., L, 1, d/2)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def chunk_attention_reference(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
+    """The definition, one token after the other. Arguments as :func:`chunk_attention`."""
+    outputs = []
+    for t in range(q.shape[1]):
+        start = t - t % chunk_size
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, start : t + 1])
+        outputs.append(torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, start : t + 1]))
+    return torch.stack(outputs, dim=1)
+
+
+@without_autocast
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    *,
+    state: AttentionState | None = None,
+    offset: int | Tensor = 0,
+    segments: Segments | None = None,
+    dropout: float = 0.0,
+    fused: bool = True,
+    return_state: bool = False,
+) -> tuple[Tensor, AttentionState | None]:
+    """Chunk attention of a whole piece of text, begun anywhere in a chunk.
+
+    Args:
+        q, k: (B, L, H, Z/H), already rotated; v: (B, L, H, E/H). L >= 1.
+        chunk_size: C.
+        state: keys and values of the current chunk so far; needed where offset is not 0.
+        offset: tokens of the current chunk that the state holds: an int in [0, C) for all rows,
+            or (B,) where the rows differ.
+        segments: where padding and document borders lie, and the rows' offsets; ``None`` for
+            plain text.
+        dropout: probability with which entries of the attention map are dropped.
+        fused: whether scaled_dot_product_attention may be used.
+        return_state: whether the state after the last token is wanted. Without autograd the
+            given state's own tensors are then written to when L = 1.
+
+    Returns:
+        (B, L, H, E/H) in the dtype of v, and the state or ``None``.
+    """
+    if segments is not None:
+        return _segmented(q, k, v, chunk_size, state, segments, dropout, fused, return_state)
+    length = q.shape[1]
+    if isinstance(offset, Tensor):
+        if length != 1 or state is None:
+            raise ValueError("rows with different offsets take one token at a time or segments")
+        return _decode(q, k, v, state, offset, dropout)
+
+    head = min(length, chunk_size - offset) if offset else 0
+    pieces = []
+    if head:
+        assert state is not None
+        keys = torch.cat([state.keys[:, :offset].to(k.dtype), k[:, :head]], dim=1)
+        values = torch.cat([state.values[:, :offset].to(v.dtype), v[:, :head]], dim=1)
+        pieces.append(_attend(q[:, :head], keys, values, dropout, fused))
+    whole = (length - head) // chunk_size * chunk_size
+    if whole:
+        body = slice(head, head + whole)
+        chunks = [x[:, body].unflatten(1, (-1, chunk_size)).flatten(0, 1) for x in (q, k, v)]
+        y = _attend(chunks[0], chunks[1], chunks[2], dropout, fused)
+        pieces.append(y.unflatten(0, (q.shape[0], -1)).flatten(1, 2))
+    if head + whole < length:
+        rest = slice(head + whole, length)
+        pieces.append(_attend(q[:, rest], k[:, rest], v[:, rest], dropout, fused))
+    y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    if not return_state:
+        return y, None
+    return y, _next_state(k, v, chunk_size, state, offset)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, fused: bool, mask: Tensor | None = None
+) -> Tensor:
+    """Causal attention of (B, Q, H, d) to (B, K, H, d), the queries being the last Q of the keys.
+
+    mask: (B, 1, Q, K) bool, True where a query may look; ``None`` for causal.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, Q or K, d)
+    if fused and (q.device.type != "cpu" or keys > SCORES_LIMIT):
+        causal = mask is None and queries == keys
+        if mask is None and not causal:
+            mask = _causal(queries, keys, q.device)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
+        return y.transpose(1, 2)
+    bias = q.new_zeros(1, 1, queries, keys)
+    bias = bias.masked_fill(~(_causal(queries, keys, q.device) if mask is None else mask), -torch.inf)
+    heads = bias.expand(q.shape[0], q.shape[1], queries, keys).reshape(-1, queries, keys)
+    scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]).transpose(1, 2)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, offset: Tensor, dropout: float
+) -> tuple[Tensor, AttentionState]:
+    """One token for each row, at its own place in its own chunk."""
+    slot = offset.view(-1, 1, 1, 1)
+    keys, values = state
+    if torch.is_grad_enabled():
+        keys, values = keys.clone(), values.clone()
+    keys.scatter_(1, slot.expand_as(k), k.to(keys.dtype))
+    values.scatter_(1, slot.expand_as(v), v.to(values.dtype))
+    seen = torch.arange(keys.shape[1], device=q.device) <= offset.unsqueeze(1)
+    mask = seen[:, None, None]  # (B, 1, 1, C)
+    y = _attend(q, keys.to(q.dtype), values.to(v.dtype), dropout, False, mask)
+    return y, AttentionState(keys, values)
+
+
+def _next_state(
+    k: Tensor, v: Tensor, chunk_size: int, state: AttentionState | None, offset: int
+) -> AttentionState:
+    """The current chunk's keys and values after this piece, in buffers of a whole chunk."""
+    total = offset + k.shape[1]
+    kept = total % chunk_size  # tokens of the chunk in progress
+    new = min(kept, k.shape[1])  # of which this piece brought
+
+    def update(x: Tensor, old: Tensor | None) -> Tensor:
+        parts = [x[:, x.shape[1] - new :]]
+        if old is not None and kept > new:
+            parts.insert(0, old[:, : kept - new].to(x.dtype))
+        parts.append(x.new_zeros(x.shape[0], chunk_size - kept, *x.shape[2:]))
+        return torch.cat(parts, dim=1)
+
+    keys, values = (None, None) if state is None else state
+    return AttentionState(update(k, keys), update(v, values))
+
+
+def _segmented(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    state: AttentionState | None,
+    segments: Segments,
+    dropout: float,
+    fused: bool,
+    return_state: bool,
+) -> tuple[Tensor, AttentionState | None]:
+    """Rows with padding, documents or offsets of their own, by way of the chunk layout."""
+    chunks, size = segments.num_chunks, segments.num_chunks * chunk_size
+
+    def lay_out(x: Tensor, cached: Tensor | None) -> Tensor:
+        buffer = scatter_slots(x, segments.chunk_slot, size + chunk_size)
+        if cached is None:
+            return buffer
+        # Cached slots come first; those that this piece fills are overwritten by it.
+        filled = scatter_slots(
+            segments.mask.unsqueeze(-1), segments.chunk_slot, size + chunk_size
+        )[:, :chunk_size, :, None]
+        head = torch.where(filled, buffer[:, :chunk_size], cached.to(x.dtype))
+        return torch.cat([head, buffer[:, chunk_size:]], dim=1)
+
+    keys = lay_out(k, None if state is None else state.keys)
+    values = lay_out(v, None if state is None else state.values)
+    queries = lay_out(q, None)[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1)
+    if segments.has_borders:
+        # A chunk of a document may lie across a border of the layout, but reaches no further
+        # back than one.
+        now = segments.chunk_start.unflatten(1, (chunks, chunk_size))
+        before = F.pad(now[:, :-1], (0, 0, 1, 0), value=-1)
+        window = torch.cat([before, now], dim=-1)  # (B, chunks, 2C)
+        same = now.unsqueeze(-1) == window.unsqueeze(-2)
+        same = same & _causal(chunk_size, 2 * chunk_size, q.device)
+        mask = same.flatten(0, 1).unsqueeze(1)
+
+        def with_previous(x: Tensor) -> Tensor:
+            rows = x[:, :size].unflatten(1, (chunks, chunk_size))
+            previous = F.pad(rows[:, :-1], (0,) * 2 * (rows.dim() - 2) + (1, 0))
+            return torch.cat([previous, rows], dim=2).flatten(0, 1)
+
+        y = _attend(queries, with_previous(keys), with_previous(values), dropout, fused, mask)
+    else:
+        rows = [x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1) for x in (keys, values)]
+        y = _attend(queries, rows[0], rows[1], dropout, fused)
+    y = gather_slots(y.unflatten(0, (-1, chunks)).flatten(1, 2), segments.chunk_slot)
+    if not return_state:
+        return y, None
+    slots = segments.chunk_last.unsqueeze(1) + torch.arange(chunk_size, device=q.device)
+    return y, AttentionState(gather_slots(keys, slots), gather_slots(values, slots))

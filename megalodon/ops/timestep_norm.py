@@ -1,0 +1,257 @@
+"""TimestepNorm: group normalisation with statistics that are cumulative over time.
+
+Ma et al. 2024 (arXiv 2404.08801), section 3.3. For group ``g`` of ``D / G`` channels, at step
+``t``, over all scalars of the group at steps ``1..t``::
+
+    M_t = mean, V_t = population variance
+    y_t = (x_t - M_t) / sqrt(V_t + eps) * (weight + 1) + bias
+
+The weight is stored minus one, so that weight decay pulls the effective scale to one.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .precision import without_autocast
+from .segments import Segments
+
+
+class TimestepNormState(NamedTuple):
+    """Statistics of everything seen so far.
+
+    count: (B,) int64, the steps seen. mean, var: (B, G), in :func:`statistics_dtype`.
+    """
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 where the device has it: at a million steps a float32 mean stops moving, because
+    one step's share of it is smaller than its last digit."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def initial_state(x: Tensor, num_groups: int) -> TimestepNormState:
+    """The state before the first step of ``x`` (B, L, D)."""
+    batch, dtype = x.shape[0], statistics_dtype(x)
+    count = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    zeros = torch.zeros(batch, num_groups, dtype=dtype, device=x.device)
+    return TimestepNormState(count, zeros, zeros)
+
+
+def timestep_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+) -> tuple[Tensor, TimestepNormState]:
+    """The definition, one step after the other. Arguments as :func:`timestep_norm`."""
+    batch, length, dim = x.shape
+    count, mean, var = initial_state(x, num_groups) if state is None else state
+    groups = x.reshape(batch, length, num_groups, -1).to(mean.dtype)
+    outputs = []
+    for t in range(length):
+        step = groups[:, t]  # (B, G, D/G)
+        step_mean = step.mean(-1)
+        step_var = (step - step_mean.unsqueeze(-1)).square().mean(-1)
+        seen, total = count.unsqueeze(-1), count.unsqueeze(-1) + 1
+        delta = step_mean - mean  # Chan et al. 1983, merging one step into the past
+        var = (var * seen + step_var) / total + delta.square() * seen / total**2
+        mean = mean + delta / total
+        count = count + 1
+        normed = (step - mean.unsqueeze(-1)) * (var + eps).rsqrt().unsqueeze(-1)
+        outputs.append(normed.reshape(batch, dim))
+    normed = torch.stack(outputs, dim=1)
+    y = normed * (weight + 1).to(normed.dtype) + bias.to(normed.dtype)
+    return y.to(x.dtype), TimestepNormState(count, mean, var)
+
+
+@without_autocast
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    segments: Segments | None = None,
+) -> tuple[Tensor, TimestepNormState]:
+    """TimestepNorm of a whole piece of text at once, as a cumulative sum.
+
+    Args:
+        x: (B, L, D), L >= 1, float32, float64 or bfloat16.
+        weight, bias: (D,), the scale minus one and the shift.
+        num_groups: G, a divisor of D.
+        eps: added to the variance.
+        state: what came before; ``None`` for the start of a text.
+        segments: where padding and document borders lie; ``None`` for plain text.
+
+    Returns:
+        y (B, L, D) in the dtype of x, and the state after the last step.
+    """
+    if state is None:
+        state = initial_state(x, num_groups)
+    if segments is None:
+        y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps)
+        return y, TimestepNormState(state.count + x.shape[1], mean, var)
+
+    groups = x.unflatten(-1, (num_groups, -1)).to(_compute_dtype(x))
+    step_mean, step_var = _step_statistics(groups)
+    mean, var = _segment_statistics(step_mean, step_var, state, segments)
+    rstd = (var + eps).rsqrt()
+    normed = (groups - mean.unsqueeze(-1).to(groups.dtype)) * rstd.unsqueeze(-1).to(groups.dtype)
+    y = torch.addcmul(bias.to(groups.dtype), normed.flatten(-2), (weight + 1).to(groups.dtype))
+    # A row without a valid step keeps its state.
+    last, seen = segments.last.view(-1, 1, 1), segments.any_valid.view(-1, 1)
+    final_mean = mean.take_along_dim(last, 1).squeeze(1)
+    final_var = var.take_along_dim(last, 1).squeeze(1)
+    return y.to(x.dtype), TimestepNormState(
+        segments.final_count(state.count),
+        torch.where(seen, final_mean, state.mean),
+        torch.where(seen, final_var, state.var),
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of each step's own group, (B, L, G, D/G) -> 2 x (B, L, G)."""
+    mean = groups.mean(-1)
+    centred = groups - mean.unsqueeze(-1)
+    return mean, torch.linalg.vecdot(centred, centred) / groups.shape[-1]
+
+
+def _cumulative_statistics(
+    step_mean: Tensor, step_var: Tensor, state: TimestepNormState
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the steps' statistics into M_t and V_t, each (B, L, G); and 1/t, (B, L, 1).
+
+    The variance is a sum of non-negative terms, never a difference of two large sums::
+
+        t V_t = sum_s v_s + (m_s - M_{s-1})^2 (s-1)/s
+    """
+    dtype = state.mean.dtype
+    seen = state.count.to(dtype).view(-1, 1, 1)
+    steps = torch.arange(1, step_mean.shape[1] + 1, dtype=dtype, device=step_mean.device)
+    total = seen + steps.view(1, -1, 1)
+    inverse = total.reciprocal()
+    start = state.mean.unsqueeze(1)
+    # Shifted by the mean on entry, so that the sums stay small.
+    mean = start + (step_mean - start).cumsum(1) * inverse
+    previous = torch.cat([start, mean[:, :-1]], dim=1)
+    terms = step_var + (step_mean - previous).square() * (total - 1) * inverse
+    var = (state.var.unsqueeze(1) * seen + terms.cumsum(1)) * inverse
+    return mean, var, inverse
+
+
+def _segment_statistics(
+    step_mean: Tensor, step_var: Tensor, state: TimestepNormState, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_cumulative_statistics`, with padding left out and documents kept apart."""
+    dtype = state.mean.dtype
+    weight = segments.mask.unsqueeze(-1).to(dtype)
+    total = segments.count(state.count).unsqueeze(-1).to(dtype)  # (B, L, 1), own step included
+    inverse = total.clamp(min=1).reciprocal()
+    carried = segments.continues.unsqueeze(-1).to(dtype)  # 1 where the entry state still counts
+    seen = state.count.to(dtype).view(-1, 1, 1) * carried
+    start = state.mean.unsqueeze(1) * carried
+    mean = start + segments.cumsum((step_mean - start) * weight) * inverse
+    # Where the step's own weight is taken out again, M_{t-1} remains; at a first step its
+    # factor (t-1)/t is zero.
+    before = (total - 1).clamp(min=1)
+    previous = (mean * total - step_mean) / before
+    terms = step_var + (step_mean - previous).square() * (total - 1).clamp(min=0) * inverse
+    var = (state.var.unsqueeze(1) * seen + segments.cumsum(terms * weight)) * inverse
+    return mean, var
+
+
+class _TimestepNorm(torch.autograd.Function):
+    """Forward and backward with no full-size intermediate kept but the input.
+
+    With population statistics over s <= t, and n_t the steps seen,
+    ``dM_t/dx_s = 1/(n_t d)`` and ``dV_t/dx_s = 2 (x_s - M_t)/(n_t d)``: the backward is two
+    reversed cumulative sums over per-group numbers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        count: Tensor,
+        mean0: Tensor,
+        var0: Tensor,
+        num_groups: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _compute_dtype(x)
+        groups = x.unflatten(-1, (num_groups, -1)).to(dtype)
+        step_mean, step_var = _step_statistics(groups)
+        mean, var, inverse = _cumulative_statistics(
+            step_mean.to(mean0.dtype),
+            step_var.to(mean0.dtype),
+            TimestepNormState(count, mean0, var0),
+        )
+        rstd = (var + eps).rsqrt()
+        mean_x, rstd_x = mean.to(dtype), rstd.to(dtype)
+        normed = (groups - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
+        y = torch.addcmul(bias.to(dtype), normed.flatten(-2), (weight + 1).to(dtype))
+        ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
+        ctx.bias_dtype = bias.dtype
+        return y.to(x.dtype), mean[:, -1].clone(), var[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple:
+        x, weight, count, mean0, mean, rstd, inverse = ctx.saved_tensors
+        dtype, size = _compute_dtype(x), x.shape[-1] // mean.shape[-1]
+        groups = x.unflatten(-1, (mean.shape[-1], size)).to(dtype)
+        mean_x, rstd_x = mean.to(dtype).unsqueeze(-1), rstd.to(dtype).unsqueeze(-1)
+        grad_y = grad_y.to(dtype)
+        normed = (groups - mean_x) * rstd_x
+        grad_bias = grad_y.sum((0, 1))
+        grad_weight = (grad_y * normed.flatten(-2)).sum((0, 1))
+        grad_normed = (grad_y * (weight + 1).to(dtype)).unflatten(-1, (-1, size))
+        # Per group, in the dtype of the statistics.
+        to_mean = -grad_normed.sum(-1).to(mean.dtype) * rstd
+        to_var = torch.linalg.vecdot(grad_normed, normed).to(mean.dtype) * rstd.square() * -0.5
+        to_mean[:, -1] += grad_mean
+        to_var[:, -1] += grad_var
+        to_mean, to_var = to_mean * inverse, to_var * (2 * inverse)
+        slope = _reverse_cumsum(to_var) / size
+        offset = _reverse_cumsum(to_mean - to_var * mean) / size
+        # (x - M) slope + (offset + M slope): centred, so that a large mean does not cancel.
+        offset = offset + mean * slope
+        grad_groups = grad_normed * rstd_x
+        grad_groups = torch.addcmul(grad_groups, groups - mean_x, slope.to(dtype).unsqueeze(-1))
+        grad_groups = grad_groups + offset.to(dtype).unsqueeze(-1)
+        grad_x = grad_groups.flatten(-2).to(x.dtype)
+        seen = count.to(mean.dtype).unsqueeze(-1)
+        start = mean0.unsqueeze(1)
+        grad_mean0 = seen * (to_mean + to_var * (start - mean)).sum(1)
+        grad_var0 = seen * (to_var / 2).sum(1)
+        return (
+            grad_x,
+            grad_weight.to(weight.dtype),
+            grad_bias.to(ctx.bias_dtype),
+            None,
+            grad_mean0,
+            grad_var0,
+            None,
+            None,
+        )
+
+
+def _reverse_cumsum(x: Tensor) -> Tensor:
+    """Sum over steps t >= s, (B, L, G)."""
+    return x.flip(1).cumsum(1).flip(1)
