@@ -110,17 +110,21 @@ class _Transfer:
         self.patience, self.bar = patience, bar
         self.answered = False  # by a server, to any attempt
         self.patched = _size(part) > 0  # whether `part` may hold pieces of several responses
+        self.sized = True  # whether the last response declared the right size
         self.validator: str | None = None  # of the file on the server, for If-Range
 
     def run(self) -> None:
         whole = self.source.archive_size
         if _size(self.part) > whole:
-            self.part.unlink()
+            self.part.unlink(missing_ok=True)
         most, failures = _size(self.part), 0
         while (have := _size(self.part)) < whole:
             if failures:
                 time.sleep(min(self.patience.wait_s * 2 ** (failures - 1), _LONGEST_WAIT_S))
             reason = self._attempt(have)
+            if not self.sized and _size(self.part) < whole:
+                # A login page, perhaps: no beginning to go on from.
+                self.part.unlink(missing_ok=True)
             have = _size(self.part)
             failures = 1 if have > most else failures + 1
             most = max(most, have)
@@ -144,7 +148,7 @@ class _Transfer:
             self.answered = True
             reason = f"the server answers {error.code} {error.reason}"
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                self.part.unlink()
+                self.part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in _PASSING_STATUS:
                 raise self.give_up(reason) from error
             return reason
@@ -171,7 +175,8 @@ class _Transfer:
             first, size = have, match[2]
         elif response.status != http.client.OK:
             raise self.give_up(f"the server answers {response.status}")
-        if size.isdecimal() and int(size) != self.source.archive_size:
+        self.sized = size.isdecimal()
+        if self.sized and int(size) != self.source.archive_size:
             raise self.give_up(f"it has {int(size):,} bytes, not {self.source.archive_size:,}")
         etag = response.headers.get("ETag", "")
         # A weak tag does not promise equal bytes.
@@ -189,7 +194,7 @@ class _Transfer:
         while chunk := response.read1(_BLOCK):
             have += len(chunk)
             if have > self.source.archive_size:
-                self.part.unlink()
+                self.part.unlink(missing_ok=True)
                 raise self.give_up(f"it has more than {self.source.archive_size:,} bytes")
             # Opened for each block: what has come is in the file whatever happens next.
             with _disk_errors(self.part), self.part.open("ab") as file:
