@@ -1,0 +1,33 @@
+"""Small models with weights far from their initialisation, for tests."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalodon import MegalodonConfig, MegalodonForCausalLM
+
+CHUNK = 8
+
+
+def tiny_config(**options: Any) -> MegalodonConfig:
+    sizes = {"model_dim": 32, "num_layers": 2, "num_heads": 2, "z_dim": 16, "value_dim": 24}
+    sizes |= {"ffn_hidden_dim": 40, "cema_ndim": 4, "chunk_size": CHUNK, "norm_num_groups": 4}
+    return MegalodonConfig(**{**sizes, **options})
+
+
+def tiny_model(**options: Any) -> MegalodonForCausalLM:
+    torch.manual_seed(0)
+    model = MegalodonForCausalLM(tiny_config(**options)).eval()
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Give parameters that start at zero some weight, and CEMA a long memory."""
+    for name, parameter in model.named_parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.3)
+        if name.endswith("cema.delta"):
+            parameter.sub_(2.0)

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import Tensor
+
+from megalodon.ops.cema import BLOCK, CEMACoefficients, cema, cema_coefficients, cema_reference
+
+from .gradients import assert_same
+
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7]
+# float32 is held to the reference in float64. A phase rounded to 2^-24 turns is off by
+# 200 * 2 pi * 2^-24 = 7.5e-5 rad after 200 steps, and so are the outputs, relatively.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def parameters(dim: int, order: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(dim, order), (dim, order), (dim,), (dim, order, 2), (dim,)]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    tensors[1] = tensors[1] - 2.0  # slow decay, so that states matter
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch.dtype) -> None:
+    batch, dim, order = 2, 3, 4
+    inputs = [torch.randn(batch, length, dim, dtype=dtype), *parameters(dim, order, dtype)]
+    if with_state:
+        inputs.append(torch.randn(batch, dim, order, 2, dtype=dtype))
+
+    def run(operation):  # type: ignore[no-untyped-def]
+        def function(x: Tensor, a: Tensor, d: Tensor, t: Tensor, g: Tensor, o: Tensor, *state: Tensor):  # type: ignore[no-untyped-def]
+            return operation(x, cema_coefficients(a, d, t, g, o), *state)
+
+        return function
+
+    assert_same(run(cema), run(cema_reference), inputs, TOLERANCE[dtype])
+
+
+def test_no_complex_tensor_in_the_fast_form() -> None:
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            seen.extend(t for t in (result if isinstance(result, tuple) else [result]))
+            return result
+
+    with Watch():
+        coefficients = cema_coefficients(*parameters(3, 4, torch.float32))
+        cema(torch.randn(1, 200, 3), coefficients, torch.randn(1, 3, 4, 2))
+    assert len(seen) > 20
+    assert not any(isinstance(t, Tensor) and t.is_complex() for t in seen)
+
+
+def test_pieces_equal_the_whole() -> None:
+    coefficients = cema_coefficients(*parameters(3, 4, torch.float64))
+    x = torch.randn(2, 300, 3, dtype=torch.float64)
+    whole, final = cema(x, coefficients)
+    state, outputs = None, []
+    for piece in x.split([1, 70, 64, 1, 128, 36], dim=1):
+        y, state = cema(piece, coefficients, state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, final, rtol=0, atol=1e-12)
+
+
+def test_angles_stay_exact_over_a_long_text() -> None:
+    """With almost no decay, an error in the phase would show after 100,000 steps."""
+    order = 4
+    wide = CEMACoefficients(
+        p=torch.full((1, order), 0.5, dtype=torch.float64),
+        log_rho=torch.full((1, order), -1e-6, dtype=torch.float64),
+        turns=torch.tensor([[0.1, 0.23, 0.37, 0.49]]).double(),
+        g_re=torch.ones(1, order, dtype=torch.float64),
+        g_im=torch.ones(1, order, dtype=torch.float64),
+        omega=torch.zeros(1, dtype=torch.float64),
+    )
+    narrow = CEMACoefficients(*(t.float() for t in wide))
+    wide = wide._replace(turns=narrow.turns.double(), log_rho=narrow.log_rho.double())
+    x = torch.zeros(1, 100_000, 1, dtype=torch.float64)
+    x[:, 0] = 1.0
+    expected, _ = cema(x, wide)
+    found, _ = cema(x.float(), narrow)
+    # Angles inside a block of 64 are rounded to 2^-24 of 32 turns: about 1e-5 rad.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_input_is_computed_in_float32() -> None:
+    coefficients = cema_coefficients(*parameters(3, 4, torch.float32))
+    x = torch.randn(2, 200, 3).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = cema(x, coefficients)
+    expected, expected_state = cema(x.float(), coefficients)
+    assert y.dtype == torch.bfloat16 and state is not None and state.dtype == torch.float32
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)

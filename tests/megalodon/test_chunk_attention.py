@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch import Tensor
+
+from megalodon.ops import chunk_attention as module
+from megalodon.ops.chunk_attention import (
+    AttentionState,
+    apply_rotary,
+    chunk_attention,
+    chunk_attention_reference,
+    rotary_table,
+)
+
+from .gradients import assert_same
+
+C = 8
+LENGTHS = [1, C - 1, C, C + 1, 3 * C, 3 * C + 7]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def qkv(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, length, 3, size, dtype=dtype) for size in (4, 4, 6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernel", ["scores", "sdpa"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_fast_form_equals_token_by_token(
+    length: int, kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORES_LIMIT", 512 if kernel == "scores" else 0)
+    assert_same(
+        lambda q, k, v: chunk_attention(q, k, v, C)[0],
+        lambda q, k, v: chunk_attention_reference(q, k, v, C),
+        qkv(length, dtype),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("kernel", ["scores", "sdpa"])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("offset", [1, C - 1])
+def test_continuing_in_a_chunk_equals_the_whole(
+    offset: int, length: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORES_LIMIT", 512 if kernel == "scores" else 0)
+
+    def pieces(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        first = [x[:, :offset] for x in (q, k, v)]
+        y0, state = chunk_attention(*first, C, return_state=True)
+        rest = [x[:, offset:] for x in (q, k, v)]
+        y1, state = chunk_attention(*rest, C, state=state, offset=offset, return_state=True)
+        return torch.cat([y0, y1], dim=1), state
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        return chunk_attention(q, k, v, C, return_state=True)
+
+    assert_same(pieces, whole, qkv(offset + length), 1e-10)
+
+
+def test_decoding_rows_at_different_places_equals_the_whole() -> None:
+    q, k, v = qkv(2 * C + 3)
+    whole, _ = chunk_attention(q, k, v, C)
+    state = AttentionState(k.new_zeros(2, C, 3, 4), v.new_zeros(2, C, 3, 6))
+    places = torch.tensor([0, 5])
+    _, before = chunk_attention(q[:, :5], k[:, :5], v[:, :5], C, return_state=True)
+    state.keys[1], state.values[1] = before.keys[1], before.values[1]
+    with torch.no_grad():
+        for step in range(2 * C - 2):
+            at = places + step
+            rows = [x[torch.arange(2), at].unsqueeze(1) for x in (q, k, v)]
+            y, state = chunk_attention(*rows, C, state=state, offset=at % C)
+            torch.testing.assert_close(y[:, 0], whole[torch.arange(2), at])
+
+
+def test_decoding_writes_into_the_state_without_a_new_allocation() -> None:
+    q, k, v = qkv(1)
+    state = AttentionState(k.new_zeros(2, C, 3, 4), v.new_zeros(2, C, 3, 6))
+    with torch.no_grad():
+        _, after = chunk_attention(q, k, v, C, state=state, offset=torch.tensor([0, 3]))
+    assert after.keys.data_ptr() == state.keys.data_ptr()
+    assert after.values.data_ptr() == state.values.data_ptr()
+
+
+def test_attention_dropout_keeps_the_mean() -> None:
+    q, k, v = (x.expand(500, -1, -1, -1) for x in (t[:1] for t in qkv(C)))
+    expected, _ = chunk_attention(q, k, v, C)
+    for fused in (False, True):
+        dropped, _ = chunk_attention(q, k, v, C, dropout=0.5, fused=fused)
+        assert not torch.allclose(dropped, expected)
+        torch.testing.assert_close(dropped.mean(0), expected.mean(0), rtol=0, atol=0.3)
+
+
+def test_scores_depend_on_distance_only() -> None:
+    """The defining property of RoPE (arXiv 2104.09864, equation 11)."""
+    table = rotary_table(64, 16, 10_000.0)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
+    scores = {}
+    for m, n in [(3, 1), (10, 8), (63, 61), (5, 1)]:
+        scores[m, n] = (apply_rotary(q, table[[m]]) * apply_rotary(k, table[[n]])).sum()
+    torch.testing.assert_close(scores[3, 1], scores[10, 8], rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores[3, 1], scores[63, 61], rtol=0, atol=1e-6)
+    assert (scores[3, 1] - scores[5, 1]).abs() > 1e-3

@@ -1,0 +1,329 @@
+"""The model as a whole: sizes, causality, streaming, options, initialisation."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
+
+from .models import CHUNK, randomize, tiny_config, tiny_model
+
+RELEASED = {
+    "mega200m": 220_627_968,
+    "mega1_3b": 1_342_832_640,
+    "mega1_3b_pg19": 1_327_628_288,
+    "mega7_1b": 7_117_381_632,
+    "mega7_3b": 7_385_817_088,
+}
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_default_is_the_published_11m_model() -> None:
+    with torch.device("meta"):
+        assert count(MegalodonForCausalLM(MegalodonConfig())) == 11_277_696
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes(name: str) -> None:
+    with torch.device("meta"):
+        assert count(MegalodonForCausalLM(getattr(MegalodonConfig, name)())) == RELEASED[name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_streaming_in_any_pieces_matches_whole(dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    ids = torch.randint(0, 256, (2, 5 * CHUNK + 3))
+    whole = model(ids, use_cache=False).logits
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        cuts = torch.randperm(ids.shape[1] - 1, generator=generator)[:6].add(1).sort().values
+        cache, logits = None, []
+        for piece in ids.tensor_split(cuts.tolist(), dim=1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # logits of size 5, six layers' sums
+        torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_decoding_token_by_token_matches_whole_at_constant_size() -> None:
+    model = tiny_model().double()
+    ids = torch.randint(0, 256, (2, 3 * CHUNK + 2))
+    whole = model(ids).logits
+    cache, sizes = MegalodonCache(model.config), set()
+    for t in range(ids.shape[1]):
+        logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+        sizes.add(cache.nbytes)
+        torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=0, atol=1e-10)
+    assert len(sizes) == 1
+
+
+@torch.no_grad()
+def test_changing_a_token_never_changes_a_logit_before_it() -> None:
+    model = tiny_model().double()
+    ids = torch.randint(0, 256, (1, 3 * CHUNK + 3))
+    base = model(ids).logits
+    for t in range(ids.shape[1]):
+        changed = ids.clone()
+        changed[0, t] = (changed[0, t] + 1) % 256
+        logits = model(changed).logits
+        assert torch.equal(logits[:, :t], base[:, :t])
+        # and reaches the last token, however many chunks away
+        assert not torch.equal(logits[:, -1], base[:, -1])
+
+
+def test_gradients_flow_through_the_cache() -> None:
+    model = tiny_model().double()
+    ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
+    gradients = []
+    for cuts in ([], [CHUNK + 1], [CHUNK + 1, CHUNK + 2]):
+        model.zero_grad()
+        cache, logits = MegalodonCache(model.config), []
+        for piece in ids.tensor_split(cuts, dim=1):
+            logits.append(model(piece, past_key_values=cache).logits)
+        torch.cat(logits, dim=1).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-8, atol=1e-8)
+
+
+def test_detached_cache_stops_gradients() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 256, (1, CHUNK))
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache.final_norm.mean.requires_grad
+    cache.detach()
+    assert not cache.final_norm.mean.requires_grad and not cache.states[0].cema.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"swiglu": False},
+        {"rescale_nffn": True},
+        {"scale_emb": True},
+        {"tie_word_embeddings": False},
+        {"output_ffn_bias": False},
+        {"num_heads": 1},
+        {"cema_ndim": 1},
+        {"norm_num_groups": 1},
+        {"chunk_size": 1},
+        {"rope_base": 100_000.0},
+        {"norm_eps": 1e-3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_changes_the_model_and_trains(options: dict[str, Any]) -> None:
+    ids = torch.randint(0, 256, (2, CHUNK + 1))
+
+    def logits(config: MegalodonConfig) -> Tensor:
+        torch.manual_seed(0)
+        model = MegalodonForCausalLM(config)
+        randomize(model)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        return model(ids).logits.detach()
+
+    changed, plain = logits(tiny_config(**options)), logits(tiny_config())
+    assert not torch.allclose(changed, plain)
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "hidden_dropout"])
+def test_dropouts_act_in_training_only(name: str) -> None:
+    model = tiny_model(**{name: 0.5})
+    ids = torch.randint(0, 256, (2, CHUNK + 1))
+    torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(ids).logits, model(ids).logits)
+
+
+def test_second_hop_leaves_out_the_first() -> None:
+    """With W_2 and b_2 zero a block is the identity: the residual of the FFN is its input."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.ffn.w2.weight)
+        nn.init.zeros_(layer.ffn.w2.bias)
+    ids = torch.randint(0, 256, (1, CHUNK))
+    states = model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[0], states[-2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_equal_gradients(reentrant: bool) -> None:
+    ids = torch.randint(0, 256, (2, CHUNK + 1))
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(dropout=0.1).double().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(3)
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_eager_attention_equals_sdpa() -> None:
+    eager = tiny_model().double()
+    sdpa = copy.deepcopy(eager)
+    eager.set_attn_implementation("eager")
+    ids = torch.randint(0, 256, (2, 3 * CHUNK + 1))
+    torch.testing.assert_close(eager(ids).logits, sdpa(ids).logits, rtol=0, atol=1e-10)
+
+
+def test_initialisation_follows_the_paper() -> None:
+    torch.manual_seed(0)
+    model = MegalodonForCausalLM(MegalodonConfig(num_layers=1, tie_word_embeddings=False))
+    layer, dim = model.model.layers[0], 384
+    assert math.isclose(layer.wv.weight.std(), (3 * dim) ** -0.5, rel_tol=0.02)
+    assert math.isclose(layer.ffn.w2.weight.std(), (3 * 1024) ** -0.5, rel_tol=0.02)
+    assert not layer.wv.bias.any()
+    for gaussian in (model.lm_head.weight, model.model.embed_tokens.weight):
+        assert math.isclose(gaussian.std(), dim**-0.5, rel_tol=0.03)
+        assert gaussian.abs().max() <= 3 * dim**-0.5
+    cema = layer.cema
+    assert math.isclose(cema.alpha.std(), 0.2, rel_tol=0.05)
+    assert math.isclose(cema.delta.std(), 0.2, rel_tol=0.05)
+    frequencies = cema.theta.sigmoid().sort(descending=True).values
+    k = torch.arange(1, dim + 1)
+    expected = torch.exp(-k * math.log(dim) / dim)
+    torch.testing.assert_close(frequencies, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(cema.theta, cema.theta.sort().values)
+    assert math.isclose(cema.gamma[..., 0].std(), 1.0, rel_tol=0.05) and not cema.gamma[..., 1].any()
+    assert math.isclose(cema.omega.std(), 0.25, rel_tol=0.1) and cema.omega.abs().max() <= 1
+    for module in (layer.timestep_norm, layer.rms_norm, layer.ffn_norm, layer.query_key):
+        assert not any(p.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mode", "std"),
+    [
+        ("he", (3 * 384) ** -0.5),
+        ("xavier", (2 / (384 + 1024)) ** 0.5),
+        ("bert", 0.02),
+        ("gaussian", 384**-0.5),
+        ("none", (3 * 384) ** -0.5),
+    ],
+)
+def test_init_modes(mode: str, std: float) -> None:
+    torch.manual_seed(0)
+    config = MegalodonConfig(num_layers=1, init_mode=mode, rescale_nffn=True)  # type: ignore[arg-type]
+    layer = MegalodonForCausalLM(config).model.layers[0]
+    assert math.isclose(layer.ffn.w1.weight.std(), std, rel_tol=0.03)
+    assert bool(layer.ffn.w1.bias.any()) is (mode == "none")
+    assert layer.ffn.alpha.unique().tolist() == pytest.approx([0.1])
+
+
+def test_bfloat16_keeps_the_sensitive_parameters_in_float32() -> None:
+    model = tiny_model()
+    wide = model.model.layers[0].cema.alpha.detach().clone()
+    model = model.to(torch.bfloat16)
+    layer = model.model.layers[0]
+    assert layer.wv.weight.dtype == torch.bfloat16
+    for module in (layer.timestep_norm, layer.cema, layer.rms_norm, layer.query_key):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert torch.equal(layer.cema.alpha, wide)
+    ids = torch.randint(0, 256, (2, CHUNK + 1))
+    output = model(ids)
+    assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 256, (2, 3 * CHUNK))
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids).logits.float()
+    # Three decimal digits through the layers: a few per cent of the logits' spread.
+    assert (found - expected).std() < 0.05 * expected.std()
+
+
+class TestBadInput:
+    def test_float16_is_refused(self) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        with pytest.raises(ValueError, match="float16"):
+            tiny_model().half()
+        with pytest.raises(ValueError, match="float16"):
+            tiny_model().to(torch.float16)(ids)
+        with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
+            tiny_model()(ids)
+
+    def test_ids_outside_the_vocabulary(self) -> None:
+        for bad in (256, -1):
+            with pytest.raises(ValueError, match="outside the vocabulary of 256"):
+                tiny_model()(torch.tensor([[0, bad]]))
+
+    def test_cache_of_another_model(self) -> None:
+        cache = MegalodonCache(tiny_config(num_layers=1))
+        with pytest.raises(ValueError, match=r"another model: its num_layers is 1"):
+            tiny_model()(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+    def test_cache_of_another_kind(self) -> None:
+        from transformers import DynamicCache
+
+        with pytest.raises(ValueError, match="DynamicCache"):
+            tiny_model()(torch.zeros(1, 1, dtype=torch.long), past_key_values=DynamicCache())
+
+    def test_cache_of_another_batch_size(self) -> None:
+        model = tiny_model()
+        cache = model(torch.zeros(2, 3, dtype=torch.long), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="holds 2 rows and the input has 1"):
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+    def test_mask_of_the_wrong_shape(self) -> None:
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        for shape in [(1, 3), (2, 4), (1, 1, 4, 4)]:
+            with pytest.raises(ValueError, match="attention_mask has shape"):
+                tiny_model()(ids, attention_mask=torch.ones(shape))
+
+    def test_positions_of_the_wrong_shape(self) -> None:
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        with pytest.raises(ValueError, match="position_ids has shape"):
+            tiny_model()(ids, position_ids=torch.arange(3)[None])
+
+    def test_positions_that_do_not_continue_the_cache(self) -> None:
+        model = tiny_model()
+        cache = model(torch.zeros(1, 4, dtype=torch.long), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="do not continue the cache"):
+            model(
+                torch.zeros(1, 2, dtype=torch.long),
+                past_key_values=cache,
+                position_ids=torch.tensor([[7, 8]]),
+            )
+
+    def test_unknown_attention_implementation(self) -> None:
+        config = tiny_config()
+        with pytest.raises(ValueError, match="nonsense"):
+            MegalodonForCausalLM._from_config(config, attn_implementation="nonsense")
+
+    def test_empty_input(self) -> None:
+        with pytest.raises(ValueError, match="at least one token"):
+            tiny_model()(torch.zeros(1, 0, dtype=torch.long))
+
+    def test_neither_or_both_inputs(self) -> None:
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            tiny_model()()
+
+    def test_cropping_the_cache(self) -> None:
+        cache = MegalodonCache(tiny_config())
+        cache.crop(0)
+        with pytest.raises(ValueError, match="cannot be cropped"):
+            cache.crop(1)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("z_dim", 13), ("model_dim", 30), ("chunk_size", 0), ("dropout", 1.0), ("num_heads", 5)],
+    )
+    def test_impossible_sizes(self, key: str, value: Any) -> None:
+        with pytest.raises(Exception, match=f"{key}|z_dim"):
+            tiny_config(**{key: value})
