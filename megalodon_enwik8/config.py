@@ -179,7 +179,7 @@ class ExperimentConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """The file that `load_config` reads back to an equal config."""
-        return yaml.safe_dump(self.used(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.used(), sort_keys=False)
 
 
 def model_of_key(name: str) -> str | None:
@@ -230,7 +230,7 @@ def make_config(
             key = message.partition("=")[0]
         else:
             key = str(first["loc"][0])
-            message = f"{key}={_show(first['input'])}: {_remedy(key, first)}"
+            message = f"{key}={_show(values.get(key))}: {_remedy(key, first)}"
         raise UserError(f"{source.get(key, where)}: {message}") from None
 
 
@@ -277,6 +277,8 @@ def _show(value: object) -> str:
     if not isinstance(value, (str, int, float)):
         return f"a {type(value).__name__}"
     text = str(value)
+    if not text.isprintable():
+        text = repr(text)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

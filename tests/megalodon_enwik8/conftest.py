@@ -1,0 +1,80 @@
+"""Tiny experiments: a text, and configs of both models that train in milliseconds a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalodon_enwik8.config import ExperimentConfig
+
+TINY = {
+    "llama": {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8},
+    "megalodon": {
+        "model_dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "z_dim": 8,
+        "value_dim": 16,
+        "ffn_hidden_dim": 32,
+        "cema_ndim": 2,
+        "chunk_size": 8,
+        "norm_num_groups": 4,
+    },
+}
+
+MakeConfig = Callable[..., ExperimentConfig]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20,000 bytes of words in a fixed random order."""
+    words = "the state of a text is read once and kept while its words go by \u00e9\u4e16\n".split(
+        " "
+    )
+    text = " ".join(random.Random(7).choices(words, k=6000)).encode()[:20_000]
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_bytes(text)
+    return path
+
+
+@pytest.fixture(params=["llama", "megalodon"])
+def model_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make_tiny(tmp_path: Path, text_file: Path) -> MakeConfig:
+    """make_tiny(model_name, **changes): a config whose folder lies in tmp_path."""
+
+    def make(model_name: str, **changes: Any) -> ExperimentConfig:
+        values = {
+            "model": model_name,
+            "run_dir": str(tmp_path / "run"),
+            "data_path": str(text_file),
+            "seq_len": 24,
+            "num_batches": 6,
+            "batch_size": 2,
+            "grad_accum_every": 2,
+            "learning_rate": 3e-3,
+            "use_autocast": False,
+            "compile": False,
+            "validate_every": 2,
+            "val_batches": 4,
+            "full_validation": False,
+            "save_every": 2,
+            "generate_every": 0,
+            "generate_prompt_len": 8,
+            "generate_length": 8,
+        }
+        return ExperimentConfig(**{**values, **TINY[model_name], **changes})
+
+    return make

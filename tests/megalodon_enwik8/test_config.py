@@ -1,0 +1,305 @@
+"""The schema: what it accepts, and that every mistake is one line that names it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalodon_enwik8.config import ExperimentConfig, load_config, make_config
+from megalodon_enwik8.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# All keys of the published experiment, and no other; 4e-4 without a dot is a string in YAML 1.1.
+PUBLISHED = {
+    "megalodon": """
+run_dir: runs/megalodon_multichunk_512
+model: megalodon
+num_tokens: 256
+model_dim: 384
+num_layers: 6
+num_heads: 3
+z_dim: 192
+value_dim: 384
+ffn_hidden_dim: 1024
+cema_ndim: 8
+chunk_size: 256
+norm_num_groups: 32
+swiglu: true
+rescale_nffn: false
+scale_emb: false
+share_emb: true
+init_mode: he
+rope_base: 10000.0
+attention_dropout: 0.0
+hidden_dropout: 0.0
+dropout: 0.0
+gradient_checkpointing: false
+compile: false
+use_autocast: true
+num_batches: 1200
+batch_size: 1
+grad_accum_every: 16
+learning_rate: 4e-4
+weight_decay: 2e-4
+grad_clip_norm: 1.0
+data_path: data/enwik8.gz
+seq_len: 512
+save_every: 500
+validate_every: 100
+val_batches: 10
+generate_every: 250
+generate_prompt_len: 128
+generate_length: 512
+temperature: 1.0
+min_p: 0.1
+seed: 7
+""",
+    "llama": """
+run_dir: runs/llama_512
+num_tokens: 256
+dim: 384
+depth: 6
+heads: 6
+dim_head: 64
+tied_embedding: true
+ffn_dim_multiplier: null
+flash_attn: true
+gradient_checkpointing: false
+compile: false
+use_autocast: true
+num_batches: 1200
+batch_size: 1
+grad_accum_every: 16
+learning_rate: 4e-4
+weight_decay: 2e-4
+grad_clip_norm: 1
+data_path: data/enwik8.gz
+seq_len: 512
+save_every: 500
+validate_every: 100
+val_batches: 10
+generate_every: 250
+generate_prompt_len: 128
+generate_length: 512
+temperature: 1
+min_p: 0.1
+seed: 7
+""",
+}
+
+
+@pytest.fixture
+def refuse(tmp_path: Path) -> Any:
+    """refuse(text, *overrides): the one line of the UserError that the config raises."""
+
+    def load(text: str | bytes, *overrides: str) -> str:
+        path = tmp_path / "x.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(UserError) as caught:
+            load_config(path, overrides)
+        line = str(caught.value).replace(str(path), "x.yaml")
+        assert "\n" not in line
+        return line
+
+    return load
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_mean_what_they_say(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "published.yaml"
+    path.write_text(PUBLISHED[name])
+    config = load_config(path)
+    for key, value in yaml.safe_load(PUBLISHED[name]).items():
+        expected = float(value) if key in ("learning_rate", "weight_decay") else value
+        assert getattr(config, key) == expected, key
+    assert config.model == name
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_load_and_run_in_a_folder_of_their_name(path: Path) -> None:
+    assert load_config(path).run_dir == f"runs/{path.stem}"
+
+
+def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
+    def protocol(name: str) -> dict[str, Any]:
+        used = load_config(CONFIGS / f"{name}.yaml").used()
+        return {key: used[key] for key in shared}
+
+    used_by = [
+        make_config({"run_dir": "x", "model": name}, "x").used().keys() for name in PUBLISHED
+    ]
+    shared = (used_by[0] & used_by[1]) - {"model", "run_dir", "data_path"}
+    llama = protocol("llama_512")
+    assert protocol("megalodon_multichunk_512") == llama
+    assert protocol("llama_sample") == llama
+    assert protocol("megalodon_sample") == llama
+    assert llama["num_batches"] == 1200
+    assert llama["batch_size"] * llama["grad_accum_every"] == 16
+    assert llama["learning_rate"] == 4e-4
+    assert llama["weight_decay"] == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("chunk_size: 0\nmodel: megalodon", "x.yaml: chunk_size=0: must be >= 1"),
+        ("nm_layers: 2", "x.yaml: nm_layers: unknown key; did you mean num_layers?"),
+        ("zzz: 2", "x.yaml: zzz: unknown key; see megalodon_enwik8/config.py"),
+        ("3: 2", "x.yaml: 3: unknown key; see megalodon_enwik8/config.py"),
+        ("model: lama", "x.yaml: model=lama: must be 'megalodon' or 'llama'; did you mean llama?"),
+        ("seed: true", "x.yaml: seed=true: must be a whole number"),
+        ("seed: 1.5", "x.yaml: seed=1.5: must be a whole number"),
+        ("seed: -1", "x.yaml: seed=-1: must be >= 0"),
+        ("seed: [1]", "x.yaml: seed=a list: must be a whole number"),
+        ("batch_size: '4'", "x.yaml: batch_size=4: must be a whole number"),
+        ("learning_rate: fast", "x.yaml: learning_rate=fast: must be a number"),
+        ("learning_rate: 0", "x.yaml: learning_rate=0: must be > 0"),
+        ("learning_rate: .nan", "x.yaml: learning_rate=nan: must be a finite number"),
+        ("learning_rate: 1e999", "x.yaml: learning_rate=1e999: must be a finite number"),
+        ("attention_dropout: 1", "x.yaml: attention_dropout=1: must be < 1"),
+        ("min_p: 1.1", "x.yaml: min_p=1.1: must be <= 1"),
+        ("keep_last: 0", "x.yaml: keep_last=0: must be >= 1"),
+        ("keep_last: all", "x.yaml: keep_last=all: must be a whole number or null"),
+        ("run_dir: ''", "must be a text (in quotes if it looks like something else)"),
+        ("data_path: 8", "must be a text (in quotes if it looks like something else)"),
+        ("num_tokens: 255", "x.yaml: num_tokens=255: must be >= 256"),
+        ("use_autocast: float16", "autocast is to bfloat16, float16 overflows"),
+        ("compile: maybe", "x.yaml: compile=maybe: must be true, false or 'auto'"),
+        ("dim: 100\nheads: 3", "x.yaml: dim=100: must be a multiple of heads=3; try 99"),
+        ("dim_head: 7", "x.yaml: dim_head=7: must be even, since RoPE rotates pairs; try 8"),
+        ("model: megalodon\nmodel_dim: 100", "model_dim=100: must be a multiple of norm_num_group"),
+        ("model: megalodon\nz_dim: 100", "x.yaml: z_dim=100: must be a multiple of num_heads=3"),
+        ("model: megalodon\nz_dim: 9", "x.yaml: z_dim=9: z_dim / num_heads must be even"),
+        ("model: megalodon\nvalue_dim: 4", "value_dim=4: must be a multiple of num_heads=3; try 3"),
+        ("num_layers: 6", "x.yaml: num_layers=6: is a key of model: megalodon, but this is model:"),
+        ("model: megalodon\ndepth: 6", "x.yaml: depth=6: is a key of model: llama, but this is"),
+        ("seed: 1\nseed: 2", "x.yaml: line 2: seed is given twice"),
+        ("seed: 1\nmodel: [", "x.yaml: line 2: "),
+        ("- 1", "x.yaml: must hold `key: value` lines, not a list"),
+        ("just words", "x.yaml: must hold `key: value` lines, not a str"),
+        ("seed: !!python/object/apply:os.getpid []", "could not determine a constructor"),
+        ("? [1]\n: 2", "x.yaml: line 1: "),
+        (b"seed: \xff", "x.yaml: not valid YAML"),
+        ("seed: \x07", "x.yaml: not valid YAML"),
+        ("[" * 5000, "x.yaml: "),
+        ("a: 2026-99-99", "x.yaml: not valid YAML"),
+        ("#" * 1_000_001, "x.yaml: larger than 1000000 bytes; not a config file"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_mistake_is_one_line_naming_key_value_and_remedy(
+    refuse: Any, text: str | bytes, line: str
+) -> None:
+    assert line in refuse(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("seed=x", "command line: seed=x: must be a whole number"),
+        ("sed=1", "command line: sed: unknown key; did you mean seed?"),
+        ("seed", "command line: 'seed': expected key=value, as in num_batches=100"),
+        ("=1", "command line: '=1': expected key=value"),
+        ("seed=[", "command line: seed: line 1: "),
+        ("model=megalodon", "x.yaml: dim=384: is a key of model: llama, but this is model: mega"),
+    ],
+)
+def test_a_wrong_override_is_named_as_such(refuse: Any, override: str, line: str) -> None:
+    assert line in refuse("dim: 384", override)
+
+
+def test_overrides_win_and_are_read_as_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("seed: 1\ncompile: auto")
+    config = load_config(path, ["seed=2", "compile=false", "learning_rate=1e-3", "data_bytes=null"])
+    assert (config.seed, config.compile, config.learning_rate) == (2, False, 1e-3)
+
+
+def test_an_empty_file_is_the_llama_of_the_protocol(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    config = load_config(path)
+    assert (config.model, config.run_dir) == ("llama", "runs/empty")
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config("nul\0byte.yaml")
+
+
+def test_an_alias_bomb_is_refused_in_a_short_line(refuse: Any) -> None:
+    levels = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    assert len(refuse("a0: &a0 [x]\n" + levels + "seed: *a29")) < 200
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.lists(st.integers(), max_size=2),
+)
+keys = st.sampled_from([*ExperimentConfig.model_fields, "modl", "", "x y"])
+
+
+@given(st.dictionaries(keys, scalars, max_size=6), st.sampled_from(["llama", "megalodon"]))
+def test_any_mapping_is_a_config_or_one_line(values: dict[str, Any], model: str) -> None:
+    try:
+        config = make_config({"run_dir": "x", "model": model, **values}, "x.yaml")
+    except UserError as error:
+        assert str(error).startswith("x.yaml: ")
+        assert "\n" not in str(error)
+    else:
+        for key, value in values.items():
+            used = getattr(config, key)
+            assert used == value or math.isclose(used, float(value))
+
+
+@given(
+    st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)),
+    st.lists(st.text(max_size=20), max_size=2),
+)
+def test_any_file_is_a_config_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, overrides: list[str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    path.write_bytes(content)
+    try:
+        load_config(path, overrides)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+valid = st.fixed_dictionaries(
+    {"run_dir": st.text(min_size=1, max_size=9)},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "learning_rate": st.floats(1e-9, 1e3),
+        "compile": st.sampled_from([True, False, "auto"]),
+        "data_path": st.text(min_size=1, max_size=20),
+        "keep_last": st.one_of(st.none(), st.integers(1, 9)),
+        "use_autocast": st.booleans(),
+    },
+)
+
+
+@given(valid, st.sampled_from(["llama", "megalodon"]))
+def test_a_config_survives_its_own_file(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], model: str
+) -> None:
+    config = make_config({**values, "model": model}, "x.yaml")
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == config
