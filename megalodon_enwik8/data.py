@@ -227,5 +227,5 @@ def _starts(data: Bytes, seq_len: int, part: str) -> int:
 
 
 def _windows(data: Bytes, starts: list[int], seq_len: int) -> torch.Tensor:
-    rows = np.stack([data[start : start + seq_len + 1] for start in starts])
-    return torch.from_numpy(rows.astype(np.int64))
+    places = np.array(starts, dtype=np.int64)[:, None] + np.arange(seq_len + 1)
+    return torch.from_numpy(data[places].astype(np.int64))

@@ -32,7 +32,8 @@ def _is_local(host: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse to connect to, or look up, anything but this machine."""
+    """Refuse to connect to, or look up, anything but this machine; use no proxy for that."""
+    monkeypatch.setenv("no_proxy", "*")
     connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
     def guarded_connect(self: socket.socket, address: Any) -> None:
