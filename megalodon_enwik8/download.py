@@ -78,6 +78,7 @@ def fetch(
             unit="B",
             unit_scale=True,
             desc=f"fetching {source.name}",
+            delay=1,  # none at all where the server cannot be reached
             disable=not progress,
         ) as bar:
             _download(_Transfer(source, part, target, patience or Patience(), bar))
