@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -27,7 +26,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     """Apply a function to every tensor of a nested state."""
     if isinstance(state, Tensor):
         return function(state)  # type: ignore[return-value]
-    return type(state)(*(map_state(function, part) for part in state))  # type: ignore[call-overload, attr-defined, no-any-return]
+    return type(state)(*(map_state(function, part) for part in state))  # type: ignore[attr-defined]
 
 
 def _tensors(state: Any) -> list[Tensor]:
@@ -89,7 +88,7 @@ class MegalodonCache(Cache):
         took all of them, without padding or borders."""
         self.states = states
         self.final_norm = final_norm
-        self.lengths = final_norm.count
+        self.lengths = final_norm.steps
         if uniform and self.uniform_length is not None:
             self.uniform_length += positions
         else:
@@ -101,7 +100,7 @@ class MegalodonCache(Cache):
         if self.final_norm is not None:
             self.states = [map_state(function, state) for state in self.states]
             self.final_norm = map_state(function, self.final_norm)
-            self.lengths = self.final_norm.count
+            self.lengths = self.final_norm.steps
         return self
 
     def detach(self) -> "MegalodonCache":
@@ -132,7 +131,9 @@ class MegalodonCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
         return self.lengths is not None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -165,6 +166,6 @@ class MegalodonCache(Cache):
 
 
 def _signature(config: MegalodonConfig) -> dict[str, int]:
-    keys = ("num_layers", "model_dim", "num_heads", "z_dim", "value_dim")
-    keys += ("cema_ndim", "chunk_size", "norm_num_groups")
+    keys = ["num_layers", "model_dim", "num_heads", "z_dim", "value_dim"]
+    keys += ["cema_ndim", "chunk_size", "norm_num_groups"]
     return {key: getattr(config, key) for key in keys}

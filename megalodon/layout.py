@@ -39,9 +39,9 @@ def read_layout(
 ) -> Layout:
     """The layout of x (B, L, D). Raises ValueError for shapes that do not fit."""
     batch, length = x.shape[:2]
-    mask = _read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
+    mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
     lengths = None if cache is None else cache.lengths
-    border = _read_borders(position_ids, segment_ids, mask, lengths, batch, length)
+    border = document_borders(position_ids, segment_ids, mask, lengths, batch, length)
     uniform = 0 if cache is None else cache.uniform_length
 
     if mask is None and border is None:
@@ -63,9 +63,7 @@ def read_layout(
     return Layout(rotary[segments.chunk_position], 0, segments, return_state)
 
 
-def _read_mask(
-    attention_mask: Tensor | None, batch: int, length: int, past: int
-) -> Tensor | None:
+def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     """(B, L) bool, or ``None`` where nothing is masked."""
     if attention_mask is None:
         return None
@@ -81,7 +79,7 @@ def _read_mask(
     return None if mask.all() else mask
 
 
-def _read_borders(
+def document_borders(
     position_ids: Tensor | None,
     segment_ids: Tensor | None,
     mask: Tensor | None,
@@ -89,8 +87,10 @@ def _read_borders(
     batch: int,
     length: int,
 ) -> Tensor | None:
-    """(B, L) bool, True where a document begins that does not go on from the cache; ``None``
-    where none does."""
+    """Where documents begin that do not go on from the cache: (B, L) bool, or ``None`` for nowhere.
+
+    mask: (B, L) bool or ``None``. lengths: (B,), tokens in the cache, or ``None``.
+    """
     border = None
     if position_ids is not None:
         position_ids = _as_rows("position_ids", position_ids, batch, length)
@@ -127,9 +127,7 @@ def _as_rows(name: str, ids: Tensor, batch: int, length: int) -> Tensor:
     if ids.dim() == 1:
         ids = ids.unsqueeze(0)
     if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
-        raise ValueError(
-            f"{name} has shape {tuple(ids.shape)}; it must be ({batch}, {length})"
-        )
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be ({batch}, {length})")
     return ids.expand(batch, length)
 
 
@@ -141,3 +139,23 @@ def _previous_valid(ids: Tensor, mask: Tensor | None) -> Tensor:
         places = torch.where(mask, places, 0)
     latest = torch.nn.functional.pad(places.cummax(1).values[:, :-1], (1, 0))
     return padded.gather(1, latest)
+
+
+def mask_labels(
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Labels (B, L) without those that no token of the same document predicts: padding, the first
+    token after padding, and the first token of a document."""
+    batch, length = labels.shape
+    mask = read_mask(attention_mask, batch, length, 0)
+    border = document_borders(position_ids, segment_ids, mask, None, batch, length)
+    if border is not None:
+        labels = labels.masked_fill(border, ignore_index)
+    if mask is not None:
+        predicted = mask & torch.nn.functional.pad(mask[:, :-1], (1, 0), value=True)
+        labels = labels.masked_fill(~predicted, ignore_index)
+    return labels

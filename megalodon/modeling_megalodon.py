@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache import LayerState, MegalodonCache
 from .configuration_megalodon import MegalodonConfig
-from .layout import Layout, read_layout
+from .layout import Layout, mask_labels, read_layout
 from .ops.cema import cema, cema_coefficients
 from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
 from .ops.timestep_norm import TimestepNormState, timestep_norm
@@ -105,9 +105,7 @@ class MegalodonCEMA(Float32Module):
     def forward(
         self, x: Tensor, state: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        coefficients = cema_coefficients(
-            self.alpha, self.delta, self.theta, self.gamma, self.omega
-        )
+        coefficients = cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)
         return cema(x, coefficients, state, layout.segments, return_state=layout.return_state)
 
     def reset_parameters(self) -> None:
@@ -207,7 +205,8 @@ class MegalodonBlock(GradientCheckpointingLayer):
         out = x + self._dropout(self.ffn(self.ffn_norm(y)), self.config.dropout)
         if not layout.return_state:
             return out, None
-        assert cema_state is not None and attention_state is not None
+        assert cema_state is not None
+        assert attention_state is not None
         return out, LayerState(norm_state, cema_state, attention_state)
 
     def _attention(
@@ -242,16 +241,17 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _is_stateful = True
-    _no_split_modules = ("MegalodonBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = (
+    config: MegalodonConfig
+    _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "timestep_norm",
         "cema",
         "rms_norm",
         "query_key",
         "ffn_norm",
         "final_norm",
-    )
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -358,9 +358,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 )
             past_key_values.check(self.config, x.shape[0])
         if use_cache is None:
-            use_cache = past_key_values is not None or (
-                self.config.use_cache and not self.training
-            )
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = past_key_values
         if use_cache and cache is None:
             cache = MegalodonCache(self.config)
@@ -463,7 +461,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, L), the input ids themselves: the shift by one happens here. -100 is
-                left out, and so is the first token of every document after the first.
+                left out, and so are padding and every token that none of its document precedes.
             logits_to_keep: how many last positions get logits (0: all), or their indices.
             loss_kwargs: `num_items_in_batch` and what else transformers' loss takes.
 
@@ -484,6 +482,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         logits = self.lm_head(x[:, keep])
         loss = None
         if labels is not None:
+            if labels.shape != x.shape[:2]:
+                raise ValueError(
+                    f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}"
+                )
+            labels = mask_labels(labels, attention_mask, position_ids, segment_ids)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
             )
@@ -495,8 +498,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(

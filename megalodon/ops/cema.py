@@ -206,9 +206,8 @@ def _entry_states(
         owner = F.pad(segments.block_document[:, :-1], (1, 0))
     shift = 1
     while shift < re.shape[-1]:
-        q_re, q_im = (
-            part.unsqueeze(-1) for part in _powers(c, torch.tensor([block * shift], device=re.device))
-        )
+        exponent = torch.tensor([block * shift], device=re.device)
+        q_re, q_im = (part.unsqueeze(-1) for part in _powers(c, exponent))
         past_re, past_im = re[..., :-shift], im[..., :-shift]
         if owner is not None:
             same = (owner[:, shift:] == owner[:, :-shift]).to(re.dtype)
@@ -232,7 +231,7 @@ def _final_state(
     length: int,
     segments: Segments | None,
 ) -> Tensor:
-    """The state (B, D, N, 2) after the last step, from the last used block of u (D, T, B, blocks)."""
+    """The state (B, D, N, 2) after the last step; u is (D, T, B, blocks)."""
     dim, block, batch, num_blocks = u.shape
     order = c.p.shape[1]
     if segments is None:

@@ -137,7 +137,8 @@ def _attend(
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
         return y.transpose(1, 2)
     bias = q.new_zeros(1, 1, queries, keys)
-    bias = bias.masked_fill(~(_causal(queries, keys, q.device) if mask is None else mask), -torch.inf)
+    seen = _causal(queries, keys, q.device) if mask is None else mask
+    bias = bias.masked_fill(~seen, -torch.inf)
     heads = bias.expand(q.shape[0], q.shape[1], queries, keys).reshape(-1, queries, keys)
     scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     weights = F.dropout(scores.softmax(-1), dropout)
@@ -202,9 +203,9 @@ def _segmented(
         if cached is None:
             return buffer
         # Cached slots come first; those that this piece fills are overwritten by it.
-        filled = scatter_slots(
-            segments.mask.unsqueeze(-1), segments.chunk_slot, size + chunk_size
-        )[:, :chunk_size, :, None]
+        filled = scatter_slots(segments.mask.unsqueeze(-1), segments.chunk_slot, size + chunk_size)[
+            :, :chunk_size, :, None
+        ]
         head = torch.where(filled, buffer[:, :chunk_size], cached.to(x.dtype))
         return torch.cat([head, buffer[:, chunk_size:]], dim=1)
 
@@ -228,7 +229,9 @@ def _segmented(
 
         y = _attend(queries, with_previous(keys), with_previous(values), dropout, fused, mask)
     else:
-        rows = [x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1) for x in (keys, values)]
+        rows = [
+            x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1) for x in (keys, values)
+        ]
         y = _attend(queries, rows[0], rows[1], dropout, fused)
     y = gather_slots(y.unflatten(0, (-1, chunks)).flatten(1, 2), segments.chunk_slot)
     if not return_state:

@@ -22,10 +22,10 @@ from .segments import Segments
 class TimestepNormState(NamedTuple):
     """Statistics of everything seen so far.
 
-    count: (B,) int64, the steps seen. mean, var: (B, G), in :func:`statistics_dtype`.
+    steps: (B,) int64, the steps seen. mean, var: (B, G), in :func:`statistics_dtype`.
     """
 
-    count: Tensor
+    steps: Tensor
     mean: Tensor
     var: Tensor
 
@@ -100,7 +100,7 @@ def timestep_norm(
         state = initial_state(x, num_groups)
     if segments is None:
         y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps)
-        return y, TimestepNormState(state.count + x.shape[1], mean, var)
+        return y, TimestepNormState(state.steps + x.shape[1], mean, var)
 
     groups = x.unflatten(-1, (num_groups, -1)).to(_compute_dtype(x))
     step_mean, step_var = _step_statistics(groups)
@@ -113,7 +113,7 @@ def timestep_norm(
     final_mean = mean.take_along_dim(last, 1).squeeze(1)
     final_var = var.take_along_dim(last, 1).squeeze(1)
     return y.to(x.dtype), TimestepNormState(
-        segments.final_count(state.count),
+        segments.final_count(state.steps),
         torch.where(seen, final_mean, state.mean),
         torch.where(seen, final_var, state.var),
     )
@@ -140,7 +140,7 @@ def _cumulative_statistics(
         t V_t = sum_s v_s + (m_s - M_{s-1})^2 (s-1)/s
     """
     dtype = state.mean.dtype
-    seen = state.count.to(dtype).view(-1, 1, 1)
+    seen = state.steps.to(dtype).view(-1, 1, 1)
     steps = torch.arange(1, step_mean.shape[1] + 1, dtype=dtype, device=step_mean.device)
     total = seen + steps.view(1, -1, 1)
     inverse = total.reciprocal()
@@ -159,10 +159,10 @@ def _segment_statistics(
     """As :func:`_cumulative_statistics`, with padding left out and documents kept apart."""
     dtype = state.mean.dtype
     weight = segments.mask.unsqueeze(-1).to(dtype)
-    total = segments.count(state.count).unsqueeze(-1).to(dtype)  # (B, L, 1), own step included
+    total = segments.count(state.steps).unsqueeze(-1).to(dtype)  # (B, L, 1), own step included
     inverse = total.clamp(min=1).reciprocal()
     carried = segments.continues.unsqueeze(-1).to(dtype)  # 1 where the entry state still counts
-    seen = state.count.to(dtype).view(-1, 1, 1) * carried
+    seen = state.steps.to(dtype).view(-1, 1, 1) * carried
     start = state.mean.unsqueeze(1) * carried
     mean = start + segments.cumsum((step_mean - start) * weight) * inverse
     # Where the step's own weight is taken out again, M_{t-1} remains; at a first step its

@@ -30,7 +30,9 @@ def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch
         inputs.append(torch.randn(batch, dim, order, 2, dtype=dtype))
 
     def run(operation):  # type: ignore[no-untyped-def]
-        def function(x: Tensor, a: Tensor, d: Tensor, t: Tensor, g: Tensor, o: Tensor, *state: Tensor):  # type: ignore[no-untyped-def]
+        def function(
+            x: Tensor, a: Tensor, d: Tensor, t: Tensor, g: Tensor, o: Tensor, *state: Tensor
+        ):  # type: ignore[no-untyped-def]
             return operation(x, cema_coefficients(a, d, t, g, o), *state)
 
         return function
@@ -93,6 +95,8 @@ def test_bfloat16_input_is_computed_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y, state = cema(x, coefficients)
     expected, expected_state = cema(x.float(), coefficients)
-    assert y.dtype == torch.bfloat16 and state is not None and state.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    assert state is not None
+    assert state.dtype == torch.float32
     torch.testing.assert_close(y, expected.bfloat16(), rtol=0, atol=0)
     torch.testing.assert_close(state, expected_state, rtol=0, atol=0)

@@ -102,7 +102,8 @@ def test_detached_cache_stops_gradients() -> None:
     cache = model(ids, use_cache=True).past_key_values
     assert cache.final_norm.mean.requires_grad
     cache.detach()
-    assert not cache.final_norm.mean.requires_grad and not cache.states[0].cema.requires_grad
+    assert not cache.final_norm.mean.requires_grad
+    assert not cache.states[0].cema.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -199,8 +200,10 @@ def test_initialisation_follows_the_paper() -> None:
     expected = torch.exp(-k * math.log(dim) / dim)
     torch.testing.assert_close(frequencies, expected, rtol=1e-4, atol=1e-6)
     assert not torch.equal(cema.theta, cema.theta.sort().values)
-    assert math.isclose(cema.gamma[..., 0].std(), 1.0, rel_tol=0.05) and not cema.gamma[..., 1].any()
-    assert math.isclose(cema.omega.std(), 0.25, rel_tol=0.1) and cema.omega.abs().max() <= 1
+    assert math.isclose(cema.gamma[..., 0].std(), 1.0, rel_tol=0.05)
+    assert not cema.gamma[..., 1].any()
+    assert math.isclose(cema.omega.std(), 0.25, rel_tol=0.1)
+    assert cema.omega.abs().max() <= 1
     for module in (layer.timestep_norm, layer.rms_norm, layer.ffn_norm, layer.query_key):
         assert not any(p.any() for p in module.parameters())
 
@@ -235,7 +238,8 @@ def test_bfloat16_keeps_the_sensitive_parameters_in_float32() -> None:
     assert torch.equal(layer.cema.alpha, wide)
     ids = torch.randint(0, 256, (2, CHUNK + 1))
     output = model(ids)
-    assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
+    assert output.logits.dtype == torch.bfloat16
+    assert output.logits.isfinite().all()
 
 
 def test_bfloat16_stays_close_to_float32() -> None:

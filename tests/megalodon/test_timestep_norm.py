@@ -56,7 +56,7 @@ def test_state_is_mean_and_variance_of_all_scalars() -> None:
     x = torch.randn(2, 50, 12, dtype=torch.float64) * 3 - 1
     _, state = timestep_norm(x, torch.zeros(12), torch.zeros(12), 3)
     scalars = x.view(2, 50, 3, 4).permute(0, 2, 1, 3).flatten(2)
-    assert state.count.tolist() == [50, 50]
+    assert state.steps.tolist() == [50, 50]
     torch.testing.assert_close(state.mean, scalars.mean(-1))
     torch.testing.assert_close(state.var, scalars.var(-1, correction=0))
 

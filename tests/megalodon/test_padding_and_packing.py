@@ -1,0 +1,187 @@
+"""A row is worth the same whatever stands beside it: padding and packing change nothing."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalodon import MegalodonForCausalLM
+from megalodon.ops import cema
+
+from .models import CHUNK, tiny_model
+
+LENGTHS = [
+    [1, CHUNK, CHUNK + 1],
+    [3 * CHUNK + 2, 2, CHUNK - 1],
+    [2 * CHUNK, 2 * CHUNK, 5],
+    [4 * CHUNK + 7, 3 * CHUNK + 1, 1],
+]
+
+
+def texts(lengths: list[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (n,), generator=generator) for n in lengths]
+
+
+def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows padded with a token that is not neutral, and their mask."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, 1
+    return ids, mask
+
+
+def random_lengths(seed: int, count: int, longest: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(1, longest + 1, (count,), generator=generator)).tolist()
+
+
+@pytest.fixture(params=["small blocks", "shipped blocks"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MegalodonForCausalLM:
+    """With CEMA blocks of 4 as well, so that short texts have many of them."""
+    if request.param == "small blocks":
+        monkeypatch.setattr(cema, "BLOCK", 4)
+        monkeypatch.setattr("megalodon.layout.BLOCK", 4)
+    return tiny_model()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logit(model: MegalodonForCausalLM, side: str, seed: int) -> None:
+    rows = texts(LENGTHS[seed] + random_lengths(seed, 3, 4 * CHUNK))
+    ids, mask = pad(rows, side)
+    logits = model(ids, attention_mask=mask).logits
+    for i, row in enumerate(rows):
+        alone = model(row[None]).logits[0]
+        torch.testing.assert_close(logits[i, mask[i].bool()], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_anywhere_and_continued_in_pieces(model: MegalodonForCausalLM, seed: int) -> None:
+    """Holes inside rows, pieces of any size, rows that get nothing in a piece."""
+    generator = torch.Generator().manual_seed(seed)
+    width = 6 * CHUNK
+    ids = torch.randint(0, 256, (4, width), generator=generator)
+    mask = torch.rand(4, width, generator=generator) < 0.6
+    mask[0, : 3 * CHUNK] = False
+    mask[1, CHUNK : 5 * CHUNK] = False
+    mask[2] = True
+    cuts = torch.randperm(width - 1, generator=generator)[:5].add(1).sort().values.tolist()
+    cache, logits = None, []
+    for start, stop in zip([0, *cuts], [*cuts, width], strict=True):
+        # The mask may cover what the cache has seen, or only the new tokens.
+        seen = mask[:, :stop] if start % 2 else mask[:, start:stop]
+        output = model(
+            ids[:, start:stop], attention_mask=seen.long(), past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        logits.append(output.logits)
+    for i in range(4):
+        alone = model(ids[i, mask[i]][None]).logits[0]
+        torch.testing.assert_close(torch.cat(logits, 1)[i, mask[i]], alone, rtol=0, atol=1e-5)
+    assert cache.lengths.tolist() == mask.sum(1).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_left_padded_greedy_generation_equals_each_prompt_alone(
+    model: MegalodonForCausalLM, seed: int
+) -> None:
+    rows = texts(random_lengths(seed + 10, 4, 3 * CHUNK), seed)
+    ids, mask = pad(rows, "left")
+    together = model.generate(
+        ids, attention_mask=mask, max_new_tokens=2 * CHUNK + 3, do_sample=False
+    )
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], max_new_tokens=2 * CHUNK + 3, do_sample=False)
+        assert torch.equal(together[i, ids.shape[1] :], alone[0, len(row) :])
+
+
+@pytest.mark.parametrize("kind", ["position_ids", "segment_ids"])
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_documents_equal_the_documents_alone(
+    model: MegalodonForCausalLM, seed: int, kind: str
+) -> None:
+    """Logits, loss and gradients; two rows of several documents each."""
+    model = model.double()
+    rows = [texts(random_lengths(seed + 20, 5, 3 * CHUNK), seed) for _ in range(2)]
+    rows[1] = [texts([sum(len(d) for d in rows[0])], 9)[0]]
+    first = sum(len(d) for d in rows[0]) // 3
+    rows[1] = list(rows[1][0].tensor_split([first, first + 1, first + 2]))
+    ids = torch.stack([torch.cat(documents) for documents in rows])
+    positions = torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in rows])
+    numbers = torch.stack(
+        [torch.cat([torch.full((len(d),), i) for i, d in enumerate(row)]) for row in rows]
+    )
+    extra = {kind: positions if kind == "position_ids" else numbers}
+    # A document of one token has nothing to predict, and no loss of its own.
+    tokens = sum(len(d) - 1 for row in rows for d in row)
+    packed = model(ids, labels=ids, use_cache=True, num_items_in_batch=tokens, **extra)
+    packed.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    total = torch.zeros(())
+    for i, row in enumerate(rows):
+        at = 0
+        for document in row:
+            alone = model(document[None], labels=document[None], num_items_in_batch=tokens)
+            found = packed.logits[i, at : at + len(document)]
+            torch.testing.assert_close(found, alone.logits[0], rtol=0, atol=1e-9)
+            total = total + alone.loss
+            at += len(document)
+    total.backward()
+    # transformers takes the loss in float32, whatever the logits are.
+    torch.testing.assert_close(packed.loss, total)
+    alone_gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients, alone_gradients, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_packed_row_goes_on_from_its_last_document(model: MegalodonForCausalLM) -> None:
+    first, second = texts([2 * CHUNK + 3, CHUNK + 5])
+    ids = torch.cat([first, second])[None]
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None]
+    cache = model(ids, position_ids=positions, use_cache=True).past_key_values
+    more = texts([2 * CHUNK], 5)[0][None]
+    found = model(more, past_key_values=cache).logits
+    whole = model(torch.cat([second[None], more], dim=1)).logits[:, len(second) :]
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_new_document_may_begin_with_a_cache_in_hand(model: MegalodonForCausalLM) -> None:
+    first, second = texts([2 * CHUNK + 3, CHUNK + 5])
+    cache = model(first[None], use_cache=True).past_key_values
+    found = model(
+        second[None], past_key_values=cache, position_ids=torch.arange(len(second))[None]
+    ).logits
+    torch.testing.assert_close(found, model(second[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_right_padding_in_training_gives_the_gradients_of_the_rows_alone(
+    model: MegalodonForCausalLM,
+) -> None:
+    model = model.double()
+    rows = texts([3 * CHUNK + 1, 5, CHUNK])
+    ids, mask = pad(rows, "right")
+    tokens = sum(len(row) - 1 for row in rows)
+    model(ids, attention_mask=mask, labels=ids, num_items_in_batch=tokens).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for row in rows:
+        model(row[None], labels=row[None], num_items_in_batch=tokens).loss.backward()
+    alone = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients, alone, rtol=0, atol=1e-6)
+
+
+def test_plain_rows_take_the_plain_path() -> None:
+    """A mask of ones and positions that count up build no index maps at all."""
+    model = tiny_model()
+    ids = torch.randint(0, 256, (2, 9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("megalodon.layout.build_segments")
+        model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(9)[None])
+        model(ids, position_ids=torch.arange(3, 12)[None], segment_ids=torch.full_like(ids, 2))
