@@ -1,0 +1,165 @@
+"""Building and compiling either model."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalodon_enwik8 import models
+from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.llama import ffn_width
+from megalodon_enwik8.models import build_model, compile_layers, count_parameters, summed_loss
+
+
+@pytest.mark.parametrize(
+    ("model_name", "parameters"), [("megalodon", 11_277_696), ("llama", 12_489_600)]
+)
+def test_the_default_model_has_the_parameters_of_the_comparison(
+    model_name: str, parameters: int
+) -> None:
+    config = make_config({"run_dir": "x", "model": model_name}, "x")
+    with torch.device("meta"):
+        assert count_parameters(build_model(config)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiplier", "width"),
+    [(384, None, 1280), (384, 1.0, 1280), (384, 0.5, 512), (512, None, 1536), (96, None, 256)],
+)
+def test_ffn_width_is_scaled_and_rounded_up_to_a_multiple_of_256(
+    dim: int, multiplier: float | None, width: int
+) -> None:
+    assert ffn_width(dim, multiplier) == width
+
+
+def test_weights_are_a_function_of_the_seed(make_tiny: Any, model_name: str) -> None:
+    first = build_model(make_tiny(model_name)).state_dict()
+    torch.rand(3)  # whatever happened to the generator before
+    again = build_model(make_tiny(model_name)).state_dict()
+    other = build_model(make_tiny(model_name, seed=8)).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_loss_is_that_of_the_next_byte(make_tiny: Any, model_name: str) -> None:
+    model = build_model(make_tiny(model_name)).eval()
+    rows = torch.randint(256, (3, 21))
+    with torch.no_grad():
+        log_p = model(rows[:, :-1]).logits.log_softmax(-1)
+        expected = -sum(log_p[b, t, rows[b, t + 1]] for b in range(3) for t in range(20))
+        torch.testing.assert_close(summed_loss(model, rows), expected)
+
+
+def test_tied_and_untied_output_matrices(make_tiny: Any) -> None:
+    for name, key in [("llama", "tied_embedding"), ("megalodon", "share_emb")]:
+        tied = count_parameters(build_model(make_tiny(name, **{key: True})))
+        untied = count_parameters(build_model(make_tiny(name, **{key: False})))
+        assert untied - tied == 256 * 16
+
+
+def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny: Any) -> None:
+    # PyTorch draws a matrix uniformly within 1/sqrt(fan_in), transformers from N(0, 0.02).
+    for tied in (True, False):
+        config = make_tiny("llama", tied_embedding=tied, llama_init="pytorch", dim=64, heads=4)
+        model = build_model(config)
+        embedding = model.get_input_embeddings().weight
+        assert embedding.std().item() == pytest.approx(0.02, rel=0.05)
+        matrix = model.model.layers[0].mlp.gate_proj.weight
+        assert matrix.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+        assert (model.get_output_embeddings().weight is embedding) == tied
+
+
+def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny: Any) -> None:
+    rows = torch.randint(256, (2, 20))
+    fused, written_out = (build_model(make_tiny("llama", flash_attn=on)) for on in (True, False))
+    assert written_out.config._attn_implementation == "eager"
+    # Two orders of summation in float32.
+    torch.testing.assert_close(fused(rows).logits, written_out(rows).logits, rtol=1e-4, atol=1e-5)
+
+
+class CountMatrixProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
+    make_tiny: Any, model_name: str
+) -> None:
+    rows = torch.randint(256, (2, 25))
+    gradients, products = [], []
+    for enabled in (False, True):
+        model = build_model(
+            make_tiny(model_name, gradient_checkpointing=enabled, attention_dropout=0.1)
+        ).train()
+        torch.manual_seed(1)
+        with CountMatrixProducts() as counter:
+            summed_loss(model, rows).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        products.append(counter.count)
+    assert products[1] > products[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        # The same operations in the same order.
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
+
+
+def test_compile_auto_says_what_it_chose_and_why(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_tiny("llama", compile="auto")
+    assert "too few" in compile_layers(build_model(config), config, steps=10)
+    monkeypatch.setattr(models, "COMPILE_PAYS_FLOPS", 0)
+    model = build_model(config)
+    names = list(model.state_dict())
+    assert compile_layers(model, config, steps=10).startswith("on (auto: ")
+    assert list(model.state_dict()) == names
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "install a C++ compiler" in compile_layers(model, config, steps=10)
+
+
+def test_compile_true_without_a_compiler_is_refused(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    config = make_tiny("llama", compile=True)
+    with pytest.raises(UserError, match=r"compile=true: install a C\+\+ compiler"):
+        compile_layers(build_model(config), config, steps=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_layers_compile_once_and_give_the_same_gradients(
+    make_tiny: Any, model_name: str, autocast: bool
+) -> None:
+    torch._dynamo.reset()
+    rows = torch.randint(256, (2, 25))
+
+    def gradients(config: ExperimentConfig) -> list[torch.Tensor]:
+        model = build_model(config).train()
+        compile_layers(model, config, steps=10)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = summed_loss(model, rows)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    torch._dynamo.utils.counters.clear()
+    compiled = gradients(make_tiny(model_name, compile=True))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    eager = gradients(make_tiny(model_name))
+    for one, other in zip(compiled, eager, strict=True):
+        # Fused kernels round less often: 2^-8 relative in bfloat16, of the largest entry.
+        tolerance = (4e-2 if autocast else 1e-4) * other.abs().max().item() + 1e-6
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)

@@ -1,0 +1,357 @@
+"""A run cut off at any moment and resumed ends as the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalodon_enwik8 import run_folder
+from megalodon_enwik8.checkpoint import load_checkpoint
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.files import exclusive_lock
+from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
+from megalodon_enwik8.training import FREE_ON_RESUME, train
+
+MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes"}
+
+
+def ending(config: ExperimentConfig) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What a run leaves, without what a clock or the machine decides."""
+    folder = Path(config.run_dir)
+    rows = [
+        {key: value for key, value in row.items() if key not in MEASURED}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+    return rows, load_checkpoint(folder / "final.pt").model_state
+
+
+def assert_same_ending(one: ExperimentConfig, other: ExperimentConfig) -> None:
+    (rows, weights), (other_rows, other_weights) = ending(one), ending(other)
+    assert rows == other_rows
+    assert list(weights) == list(other_weights)
+    for name, weight in weights.items():
+        assert torch.equal(weight, other_weights[name]), name
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture
+def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """crash_in_step(n): die while step n's line is being written, this once."""
+
+    def arrange(step: int) -> None:
+        log = RunFolder.log
+
+        def crashing(self: RunFolder, row: dict[str, Any]) -> None:
+            if row["step"] == step:
+                monkeypatch.setattr(RunFolder, "log", log)
+                assert self._metrics is not None
+                self._metrics.write(json.dumps(row)[:40])
+                raise Crash
+            log(self, row)
+
+        monkeypatch.setattr(RunFolder, "log", crashing)
+
+    return arrange
+
+
+def test_a_crash_in_any_step_changes_nothing_of_the_ending(
+    make_tiny: Any, model_name: str, crash_in_step: Any, tmp_path: Path
+) -> None:
+    options = {
+        "num_batches": 5,
+        "generate_every": 2,
+        "attention_dropout": 0.2,
+        "keep_best": True,
+        "keep_last": 1,
+    }
+    whole = make_tiny(model_name, **options)
+    assert train(whole) == 0
+    for step in range(6):  # 5 is the line of the end
+        config = make_tiny(model_name, **options, run_dir=str(tmp_path / f"crash-{step}"))
+        crash_in_step(step)
+        with pytest.raises(Crash):
+            train(config)
+        assert train(config, resume=NEWEST) == 0
+        assert_same_ending(config, whole)
+        best = [load_checkpoint(Path(c.run_dir) / "best.pt").step for c in (config, whole)]
+        assert best[0] == best[1]
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Starts processes that have torch loaded already, with one thread as here."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megalodon_enwik8.training", "megalodon_enwik8.megalodon"])
+    return context
+
+
+def kill_at_random_moments(make_tiny: Any, processes: Any, tmp_path: Path, kills: int) -> None:
+    def config(name: str) -> ExperimentConfig:
+        options = {"num_batches": 40, "save_every": 3, "keep_last": 2, "generate_every": 20}
+        result: ExperimentConfig = make_tiny(
+            "megalodon", **options, dropout=0.2, run_dir=str(tmp_path / name)
+        )
+        return result
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        process = processes.Process(target=train, args=args, kwargs=kwargs)
+        process.start()
+        return process
+
+    whole = config("whole")
+    start(whole).join()  # so that the next one measures no first start
+    began = time.monotonic()
+    process = start(whole, overwrite=True)
+    process.join()
+    assert process.exitcode == 0
+    duration = time.monotonic() - began
+
+    for number in range(kills):
+        killed = config(f"killed-{number}")
+        process = start(killed)
+        time.sleep(random.uniform(0, duration))
+        process.kill()
+        process.join()
+        process = start(killed, resume=NEWEST)
+        process.join(timeout=60)
+        assert process.exitcode == 0
+        assert_same_ending(killed, whole)
+        assert not list(Path(killed.run_dir).glob("*.writing"))
+
+
+def test_kill_9_at_a_random_moment_changes_nothing_of_the_ending(
+    make_tiny: Any, processes: Any, tmp_path: Path
+) -> None:
+    kill_at_random_moments(make_tiny, processes, tmp_path, kills=2)
+
+
+@pytest.mark.slow
+def test_kill_9_at_50_random_moments_changes_nothing_of_the_ending(
+    make_tiny: Any, processes: Any, tmp_path: Path
+) -> None:
+    kill_at_random_moments(make_tiny, processes, tmp_path, kills=50)
+
+
+@pytest.fixture
+def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """signal_in_step(n, number): send this process a signal when step n is done, this once."""
+
+    def arrange(step: int, number: int) -> None:
+        log = RunFolder.log
+
+        def signalling(self: RunFolder, row: dict[str, Any]) -> None:
+            log(self, row)
+            if row["step"] == step:
+                monkeypatch.setattr(RunFolder, "log", log)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(RunFolder, "log", signalling)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
+    make_tiny: Any,
+    signal_in_step: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+    step: int,
+) -> None:
+    whole = make_tiny("llama")
+    config = make_tiny("llama", run_dir=str(tmp_path / "stopped"))
+    assert train(whole) == 0
+    before = signal.getsignal(number)
+    signal_in_step(step, number)
+    assert train(config) == code
+    assert signal.getsignal(number) == before
+    folder = Path(config.run_dir)
+    assert (folder / f"checkpoint_{step + 1:08d}.pt").exists()
+    assert f"train.py --config {folder / 'config.yaml'} --resume" in capsys.readouterr().out
+    assert train(config, resume=NEWEST) == 0
+    assert_same_ending(config, whole)
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(
+    make_tiny: Any, processes: Any
+) -> None:
+    config = make_tiny("llama", num_batches=100_000, batch_size=200, seq_len=200, save_every=1)
+    process = processes.Process(target=train, args=(config,))
+    process.start()
+    folder = RunFolder(Path(config.run_dir))
+    deadline = time.monotonic() + 60
+    while not (folder.path.exists() and folder.checkpoints()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.02)  # two signals pending at once count as one
+    process.join(timeout=60)
+    # The signal ended it, unless it had already saved and left.
+    assert process.exitcode in (-signal.SIGINT, 0)
+    for path in folder.checkpoints():
+        load_checkpoint(path)
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_line(
+    make_tiny: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole, config = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "damaged"))
+    assert train(whole) == train(config) == 0
+    newest = Path(config.run_dir) / "checkpoint_00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert train(config, resume=NEWEST) == 0
+    assert f"skipped: {newest}: truncated" in capsys.readouterr().err
+    assert_same_ending(config, whole)
+
+
+def test_only_damaged_checkpoints_are_an_error(make_tiny: Any) -> None:
+    config = make_tiny("llama", keep_last=1)
+    assert train(config) == 0
+    (Path(config.run_dir) / "checkpoint_00000006.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no valid checkpoint; start again with --overwrite"):
+        train(config, resume=NEWEST)
+
+
+def test_a_finished_run_goes_on_when_num_batches_grows(make_tiny: Any, tmp_path: Path) -> None:
+    short = make_tiny("llama", num_batches=4)
+    assert train(short) == 0
+    longer = make_tiny("llama")
+    assert train(longer, resume=NEWEST) == 0
+    whole = make_tiny("llama", run_dir=str(tmp_path / "whole"))
+    assert train(whole) == 0
+    assert_same_ending(longer, whole)
+
+
+def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    first = make_tiny("llama")
+    assert train(first) == 0
+    branch = make_tiny("llama", run_dir=str(tmp_path / "branch"))
+    assert train(branch, resume=Path(first.run_dir) / "checkpoint_00000004.pt") == 0
+    assert_same_ending(branch, first)
+    environment = json.loads((Path(branch.run_dir) / "environment.json").read_text())
+    assert [session["from_step"] for session in environment["sessions"]] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"learning_rate": 1e-3, "seed": 8}, r"learning_rate=0.001 \(was 0.003\), seed=8 \(was 7"),
+        ({"num_batches": 5}, r"num_batches=5: .* is at step 6 already; raise num_batches"),
+        ({"seq_len": 25}, r"another config: seq_len=25 \(was 24\); set it back"),
+    ],
+)
+def test_resuming_with_another_config_names_the_keys(
+    make_tiny: Any, changes: dict[str, Any], line: str
+) -> None:
+    assert train(make_tiny("llama")) == 0
+    with pytest.raises(UserError, match=line):
+        train(make_tiny("llama", **changes), resume=NEWEST)
+
+
+def test_resuming_the_other_model_another_text_or_bare_weights_is_refused(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    config = make_tiny("llama")
+    assert train(config) == 0
+    folder = Path(config.run_dir)
+    with pytest.raises(UserError, match="holds model: llama, the config asks for model: megalodon"):
+        train(make_tiny("megalodon"), resume=NEWEST)
+    with pytest.raises(UserError, match="holds weights only; resume from a checkpoint_"):
+        train(config, resume=folder / "final.pt")
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"some other text " * 1000)
+    with pytest.raises(UserError, match="trained on another text than data_path="):
+        train(make_tiny("llama", data_path=str(other)), resume=NEWEST)
+
+
+def test_keys_that_may_change_on_resume_exist() -> None:
+    assert ExperimentConfig.model_fields.keys() >= FREE_ON_RESUME
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> None:
+    config = make_tiny("llama")
+    assert train(config) == 0
+    before = ending(config)[0]
+    with pytest.raises(UserError, match="holds a run already; go on with --resume, replace it"):
+        train(config)
+    assert ending(config)[0] == before
+    shorter = make_tiny("llama", num_batches=2)
+    assert train(shorter, overwrite=True) == 0
+    assert [path.name for path in RunFolder(Path(config.run_dir)).checkpoints()] == [
+        "checkpoint_00000002.pt"
+    ]
+
+
+def test_two_processes_cannot_share_a_folder(make_tiny: Any) -> None:
+    config = make_tiny("llama")
+    Path(config.run_dir).mkdir()
+    with (
+        exclusive_lock(Path(config.run_dir) / ".lock"),
+        pytest.raises(UserError, match="is held by process"),
+    ):
+        train(config)
+
+
+def test_a_folder_that_cannot_be_made_is_named(make_tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"run_dir=.*: is or goes through a file; name a fol"):
+            train(make_tiny("llama", run_dir=str(path)))
+
+
+def test_final_weights_are_not_replaced_when_their_checkpoints_are_gone(make_tiny: Any) -> None:
+    config = make_tiny("llama")
+    assert train(config) == 0
+    for path in RunFolder(Path(config.run_dir)).checkpoints():
+        path.unlink()
+    with pytest.raises(UserError, match="holds final weights but no checkpoint"):
+        train(config, resume=NEWEST)
+
+
+def test_a_full_disk_during_a_save_leaves_checkpoints_that_resume(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, config = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "full"))
+    assert train(whole) == 0
+    save = run_folder.save_checkpoint
+
+    def full(path: Path, checkpoint: Any) -> None:
+        if checkpoint.step == 4:
+            raise UserError("the disk is full")
+        save(path, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "save_checkpoint", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            train(config)
+    assert train(config, resume=NEWEST) == 0
+    assert_same_ending(config, whole)
+
+
+def test_metrics_leave_out_a_cut_last_line_and_name_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert read_metrics(path) == [{"step": 0}, {"step": 1}]
+    path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "none") == []

@@ -1,0 +1,207 @@
+"""The step, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalodon_enwik8 import training
+from megalodon_enwik8.checkpoint import load_checkpoint
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.models import build_model, summed_loss
+from megalodon_enwik8.run_folder import read_metrics
+from megalodon_enwik8.training import make_optimizer, train, train_step
+from megalodon_enwik8.utils import derive_seed
+
+
+def steps(config: Any, batches: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights after one step on each of `batches`."""
+    model = build_model(config).train()
+    optimizer = make_optimizer(model, config)
+    for batch in batches:
+        train_step(model, optimizer, batch, config)
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def test_the_split_into_micro_batches_changes_no_weight(make_tiny: Any, model_name: str) -> None:
+    batches = torch.randint(256, (3, 16, 25), generator=torch.Generator().manual_seed(7))
+    results = [
+        steps(make_tiny(model_name, batch_size=size, grad_accum_every=16 // size), batches)
+        for size in (16, 4, 1)
+    ]
+    for result in results[1:]:
+        for name, weight in result.items():
+            # Three steps of 3e-3; only the order of summation differs.
+            torch.testing.assert_close(weight, results[0][name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(make_tiny: Any) -> None:
+    config = make_tiny("llama", batch_size=1, grad_accum_every=4)
+    batch = torch.randint(256, (4, 25))
+    model = build_model(config).train()
+    (summed_loss(model, batch) / (4 * 24)).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    model.zero_grad()
+    loss, norm = train_step(model, make_optimizer(model, config), batch, config)
+    assert norm == pytest.approx(expected, rel=1e-5)
+    assert loss == pytest.approx(math.log(256), abs=0.2)
+
+
+def test_a_uniform_random_text_cannot_be_learned_and_words_can(
+    make_tiny: Any, model_name: str
+) -> None:
+    config = make_tiny(model_name, num_batches=60, validate_every=60, use_autocast=True)
+    assert train(config) == 0
+    rows = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+    assert rows[0]["val_loss"] > 5
+    assert rows[-1]["val_loss"] < 3
+
+
+def test_metrics_tell_every_step_once_and_the_end(make_tiny: Any) -> None:
+    config = make_tiny("megalodon", full_validation=True, generate_every=3)
+    assert train(config) == 0
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows if "sample" in row] == [3, 6]
+    for row in rows:
+        assert row["tokens"] == min(row["step"] + 1, 6) * 4 * 24
+        assert row["peak_memory_bytes"] > 1e6
+        if "val_loss" in row:
+            assert row["val_bpc"] == pytest.approx(row["val_loss"] / math.log(2))
+    for row in rows[:-1]:
+        assert row["train_bpc"] == pytest.approx(row["train_loss"] / math.log(2))
+        assert row["learning_rate"] == 3e-3
+        assert row["grad_norm"] > 0
+        assert row["tokens_per_second"] > 0
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+    assert rows[-1]["full_val_bpc"] == pytest.approx(rows[-1]["full_val_loss"] / math.log(2))
+
+
+def test_the_folder_tells_config_environment_and_weights(make_tiny: Any, text_file: Path) -> None:
+    from megalodon_enwik8.config import load_config
+
+    config = make_tiny("llama", keep_last=1, keep_best=True)
+    assert train(config) == 0
+    folder = Path(config.run_dir)
+    assert load_config(folder / "config.yaml") == config
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["corpus"]["train_bytes"] == 18_000
+    assert environment["corpus"]["val_bytes"] == 2_000
+    assert environment["sessions"][0]["torch"] == torch.__version__
+    assert [p.name for p in sorted(folder.glob("*.pt"))] == [
+        "best.pt",
+        "checkpoint_00000006.pt",
+        "final.pt",
+    ]
+    final = load_checkpoint(folder / "final.pt")
+    assert (final.step, final.optimizer_state) == (6, None)
+    rows = read_metrics(folder / "metrics.jsonl")
+    best = min((row["val_loss"], row["step"]) for row in rows if "val_loss" in row)
+    assert load_checkpoint(folder / "best.pt").step == best[1]
+
+
+def test_dropout_is_a_function_of_seed_and_step(make_tiny: Any, model_name: str) -> None:
+    losses = []
+    for validate_every in (1, 5):
+        config = make_tiny(model_name, attention_dropout=0.3, validate_every=validate_every)
+        assert train(config, overwrite=True) == 0
+        rows = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+        losses.append([row["train_loss"] for row in rows[:-1]])
+    assert losses[0] == losses[1]
+
+
+def test_derived_seeds_differ_by_seed_step_and_purpose() -> None:
+    cases = {(seed, step, use) for seed in range(9) for step in range(99) for use in "ab"}
+    seeds = {derive_seed(*case) for case in cases}
+    assert len(seeds) == len(cases)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.fixture
+def nan_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the batch's loss of step 3 by nan, with its gradients."""
+    counter = iter(range(1000))
+
+    def poisoned(model: Any, rows: torch.Tensor) -> torch.Tensor:
+        loss = summed_loss(model, rows)
+        return loss * math.nan if next(counter) // 2 == 3 else loss
+
+    monkeypatch.setattr(training, "summed_loss", poisoned)
+
+
+def assert_finite(path: Path) -> None:
+    checkpoint = load_checkpoint(path)
+    for tensor in checkpoint.model_state.values():
+        assert torch.isfinite(tensor).all()
+    for state in (checkpoint.optimizer_state or {"state": {}})["state"].values():
+        assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+@pytest.mark.usefixtures("nan_at_step_3")
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(make_tiny: Any) -> None:
+    config = make_tiny("llama", save_every=1)
+    with pytest.raises(UserError, match=r"^step 3: loss nan, gradient norm nan: stopped.*skip$"):
+        train(config)
+    folder = Path(config.run_dir)
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+    checkpoints = sorted(folder.glob("*.pt"))
+    assert checkpoints[-1].name == "checkpoint_00000003.pt"
+    for path in checkpoints:
+        assert_finite(path)
+
+
+@pytest.mark.usefixtures("nan_at_step_3")
+def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny: Any) -> None:
+    config = make_tiny("llama", save_every=1, on_nonfinite="skip")
+    assert train(config) == 0
+    folder = Path(config.run_dir)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 1, 1, 1]
+    assert rows[3]["train_loss"] is None
+    before, after = (load_checkpoint(folder / f"checkpoint_0000000{n}.pt") for n in (3, 4))
+    for name, weight in before.model_state.items():
+        assert torch.equal(weight, after.model_state[name])
+    assert_finite(folder / "checkpoint_00000006.pt")
+
+
+def test_weights_that_are_not_finite_reach_no_checkpoint(make_tiny: Any) -> None:
+    # So large a step leaves weights that overflow before any loss has shown it.
+    config = make_tiny("llama", learning_rate=1e38, weight_decay=0, save_every=1, num_batches=3)
+    with pytest.raises(UserError, match=r"^step \d: "):
+        train(config)
+    for path in Path(config.run_dir).glob("*.pt"):
+        assert_finite(path)
+
+
+def test_a_text_shorter_than_a_window_is_refused_before_the_folder_is_touched(
+    make_tiny: Any,
+) -> None:
+    assert train(make_tiny("llama")) == 0
+    with pytest.raises(UserError, match="seq_len"):
+        train(make_tiny("llama", seq_len=5000), overwrite=True)
+    assert (Path(make_tiny("llama").run_dir) / "final.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("tpu", r"^FORCE_DEVICE=tpu: must be one of cuda, mps, cpu$"),
+        ("cuda", r"^FORCE_DEVICE=cuda: PyTorch .* finds no such device here; use cpu$"),
+    ],
+)
+def test_a_device_that_is_unknown_or_absent_is_refused(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, value: str, line: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("FORCE_DEVICE", value)
+    with pytest.raises(UserError, match=line):
+        train(make_tiny("llama"))
