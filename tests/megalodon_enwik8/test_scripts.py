@@ -1,0 +1,215 @@
+"""train.py and inference.py from their command lines."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inference
+import train
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.errors import UserError, run_main
+from megalodon_enwik8.training import train as run_training
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(main: Callable[[list[str]], int], *arguments: str | Path) -> int:
+    """The exit code of a script, run in this process."""
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: main([str(argument) for argument in arguments]))
+    return int(caught.value.code or 0)
+
+
+def write_config(path: Path, config: ExperimentConfig) -> Path:
+    path.write_text(config.to_yaml())
+    return path
+
+
+@pytest.fixture
+def trained(make_tiny: Any, model_name: str) -> Path:
+    """A run folder of either model."""
+    config = make_tiny(model_name, num_batches=2)
+    assert run_training(config) == 0
+    return Path(config.run_dir)
+
+
+def refused(capfd: pytest.CaptureFixture[str], main: Any, *arguments: str | Path) -> str:
+    """The one line that the script says on its way out with code 2."""
+    capfd.readouterr()
+    assert run(main, *arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_train_reads_the_file_and_the_overrides_in_any_order(
+    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path / "x.yaml", make_tiny("megalodon"))
+    assert run(train.main, "num_batches=1", "--config", path, "seed=9") == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^model +megalodon, [\d,]+ parameters$", out, re.M)
+    assert "step 1: validation loss" in out
+    assert run(train.main, "--config", path, "--resume", "num_batches=2", "seed=9") == 0
+    assert "step 2: validation loss" in capfd.readouterr().out
+    assert run(train.main, "--config", path, "--overwrite", "num_batches=1") == 0
+
+
+def test_what_train_refuses_is_one_line(
+    make_tiny: Any, tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path / "x.yaml", make_tiny("llama"))
+    cases = {
+        (): "--config; see ",
+        ("--config", tmp_path / "none.yaml"): "none.yaml: no such config file",
+        ("--config", path, "nonsense"): "expected key=value",
+        ("--config", path, "seq_lem=8"): "seq_lem: unknown key; did you mean seq_len?",
+        ("--config", path, "seed=x"): "seed=x: must be a whole number",
+        ("--config", path, "model=gpt"): "model=gpt: must be 'megalodon' or 'llama'",
+        ("--config", path, "use_autocast=float16"): "float16 overflows",
+        ("--config", path, "data_path=/no/such"): "/no/such",
+        ("--config", path, "seq_len=100000"): "seq_len",
+        ("--config", path, "--resume", "--overwrite"): "give one of them",
+        ("--config", path, "--resume", "none.pt"): "none.pt: no such checkpoint",
+        ("--config", path, "--resume", text_file): "truncated, damaged or not a checkpoint",
+        ("--config", path, "--verbose"): "unrecognized arguments: --verbose",
+    }
+    for arguments, line in cases.items():
+        assert line in refused(capfd, train.main, *arguments), arguments
+
+
+def test_running_out_of_memory_says_what_to_lower(
+    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megalodon_enwik8 import training
+
+    def exhausted(*arguments: Any, **options: Any) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(training, "train", exhausted)
+    path = write_config(tmp_path / "x.yaml", make_tiny("llama"))
+    with pytest.raises(UserError, match="out of memory: lower batch_size=2 and raise grad_accum"):
+        train.main(["--config", str(path)])
+
+
+def test_published_files_train_unchanged_but_for_size(
+    tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str], model_name: str
+) -> None:
+    path = Path(__file__).parent / "published" / f"{model_name}.yaml"
+    overrides = (
+        f"run_dir={tmp_path / 'run'}",
+        f"data_path={text_file}",
+        {"llama": "depth=1", "megalodon": "num_layers=1"}[model_name],
+        "num_batches=1",
+        "grad_accum_every=1",
+        "val_batches=1",
+        "full_validation=false",
+        "generate_length=4",
+    )
+    assert run(train.main, "--config", path, *overrides) == 0
+    assert "step 1: validation loss" in capfd.readouterr().out
+
+
+def test_inference_prints_the_prompt_and_the_text_and_its_speed(
+    trained: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    prompt = "Größe: "
+    (tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
+    weights = trained / "final.pt"
+    outputs = []
+    for source in (("--prompt", prompt), ("--prompt-file", tmp_path / "prompt.txt"), ()):
+        stdin = io.TextIOWrapper(io.BytesIO(prompt.encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run(inference.main, weights, *source, "--max-length", "30", "--seed", "3") == 0
+        out, err = capfd.readouterr()
+        assert out.startswith(prompt)
+        assert len(out) > len(prompt) + 10
+        assert re.fullmatch(
+            r"30 bytes after a prompt of 9 in [\d.]+ s: [\d.]+ tokens per second\n", err
+        )
+        outputs.append(out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert run(inference.main, weights, "--prompt", prompt, "--max-length", "30") == 0
+    assert capfd.readouterr().out != outputs[0]
+
+
+def test_a_prompt_of_any_bytes_is_continued(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt").write_bytes(bytes(range(256)))
+    arguments = ("--prompt-file", tmp_path / "prompt", "--max-length", "50", "--min-p", "0")
+    assert run(inference.main, trained / "checkpoint_00000002.pt", *arguments) == 0
+    out = capfd.readouterr().out
+    assert all(c.isprintable() or c in "\n\t" for c in out)
+
+
+def test_what_inference_refuses_is_one_line(
+    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    config = make_tiny("llama", num_batches=1)
+    assert run_training(config) == 0
+    weights = Path(config.run_dir) / "final.pt"
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "empty").touch()
+    p = ("--prompt", "x")
+    cases = {
+        (): "required: checkpoint",
+        (weights, "--prompt", ""): "the prompt from --prompt is empty",
+        (weights, "--prompt-file", tmp_path / "empty"): "empty is empty: give at least one byte",
+        (weights, "--prompt-file", tmp_path / "none"): "none: cannot be read: No such file",
+        (weights, "--prompt-file", tmp_path): "cannot be read: Is a directory",
+        (weights, *p, "--prompt-file", cut): "not allowed with",
+        (weights.parent, *p): "is a folder; name a checkpoint in it, as final.pt",
+        (tmp_path / "none.pt", *p): "none.pt: no such checkpoint",
+        (cut, *p): "cut.pt: truncated, damaged or not a checkpoint",
+        (weights, *p, "--temperature", "-1"): "--temperature: '-1' is not a finite number >= 0",
+        (weights, *p, "--temperature", "nan"): "'nan' is not a finite number >= 0",
+        (weights, *p, "--min-p", "1.5"): "'1.5' is not a finite number >= 0 and <= 1",
+        (weights, *p, "--top-k", "0"): "'0' is not a whole number >= 1",
+        (weights, *p, "--max-length", "0"): "'0' is not a whole number >= 1",
+        (weights, *p, "--max-length", "many"): "'many' is not a whole number >= 1",
+        (weights, *p, "--seed", "-1"): "'-1' is not a whole number >= 0",
+    }
+    for arguments, line in cases.items():
+        assert line in refused(capfd, inference.main, *arguments), arguments
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "the prompt from stdin is empty" in refused(capfd, inference.main, weights)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no prompt: give --prompt" in refused(capfd, inference.main, weights)
+
+
+def test_the_scripts_run_as_programs(
+    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One real process each: text reaches a pipe in UTF-8 whatever the locale says."""
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = write_config(tmp_path / "x.yaml", make_tiny("megalodon", num_batches=2))
+
+    def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, ROOT / name, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+
+    done = script("train.py", "--config", path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = script(
+        "inference.py", tmp_path / "run" / "final.pt", "--prompt", "é", "--max-length", "9"
+    )
+    assert done.returncode == 0
+    assert done.stdout.decode("utf-8").startswith("é")
+    assert done.stderr.startswith(b"9 bytes after a prompt of 2 in ")
+    done = script("train.py", "--config", path)
+    assert done.returncode == 2
+    assert re.fullmatch(rb"error: .*: holds a run already; .*\n", done.stderr)
