@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return train(config, resume=options.resume, overwrite=options.overwrite)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error):  # on the CPU
+            raise
         raise UserError(
             f"out of memory: lower batch_size={config.batch_size} and raise grad_accum_every="
             f"{config.grad_accum_every} as much, or set gradient_checkpointing: true"

@@ -30,6 +30,8 @@ def _numeric_string(value: object) -> object:
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
 Interval = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Real = Annotated[float, BeforeValidator(_numeric_string)]
 Probability = Annotated[Real, Field(ge=0, lt=1)]
@@ -60,20 +62,20 @@ class ExperimentConfig(BaseModel):
     model: Literal["megalodon", "llama"] = "llama"
 
     # Both models
-    num_tokens: Annotated[int, Field(ge=256, le=2**31 - 1)] = 256  # vocabulary
+    num_tokens: Annotated[int, Field(ge=256, le=2**20)] = 256  # vocabulary
     rope_base: Annotated[Real, Field(gt=1)] = 10_000.0
     attention_dropout: Probability = 0.0
 
     # Megalodon: the symbols of the paper stand behind the keys
-    model_dim: Count = _megalodon(384)  # D
-    num_layers: Count = _megalodon(6)
-    num_heads: Count = _megalodon(3)  # H
-    z_dim: Count = _megalodon(192)  # Z
-    value_dim: Count = _megalodon(384)  # E
-    ffn_hidden_dim: Count = _megalodon(1024)  # F
-    cema_ndim: Count = _megalodon(8)  # N
+    model_dim: Width = _megalodon(384)  # D
+    num_layers: Layers = _megalodon(6)
+    num_heads: Width = _megalodon(3)  # H
+    z_dim: Width = _megalodon(192)  # Z
+    value_dim: Width = _megalodon(384)  # E
+    ffn_hidden_dim: Width = _megalodon(1024)  # F
+    cema_ndim: Width = _megalodon(8)  # N
     chunk_size: Count = _megalodon(256)  # C
-    norm_num_groups: Count = _megalodon(32)  # G
+    norm_num_groups: Width = _megalodon(32)  # G
     swiglu: bool = _megalodon(True)
     rescale_nffn: bool = _megalodon(False)
     scale_emb: bool = _megalodon(False)
@@ -84,10 +86,10 @@ class ExperimentConfig(BaseModel):
     dropout: Probability = _megalodon(0.0)
 
     # Llama
-    dim: Count = _llama(384)
-    depth: Count = _llama(6)
-    heads: Count = _llama(6)
-    dim_head: Count = _llama(64)
+    dim: Width = _llama(384)
+    depth: Layers = _llama(6)
+    heads: Width = _llama(6)
+    dim_head: Width = _llama(64)
     tied_embedding: bool = _llama(True)
     ffn_dim_multiplier: Annotated[Real, Field(gt=0, le=1000)] | None = _llama(None)
     flash_attn: bool = _llama(True)  # PyTorch's fused attention; false: the written-out one

@@ -41,17 +41,34 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
 
 def restore_model(checkpoint: Checkpoint, path: str | Path) -> PreTrainedModel:
     """The model that a checkpoint read from `path` holds, on the CPU, in evaluation mode."""
-    model = build_model(checkpoint.experiment(path))
+    config = checkpoint.experiment(path)
+    with torch.device("meta"):
+        # No memory is taken for sizes that a stranger's file claims and does not hold.
+        _check_weights(build_model(config), checkpoint, path)
+    model = build_model(config)
     load_weights(model, checkpoint, path)
     return model.eval()
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | Path) -> None:
     """Raises UserError when the weights are not those of the checkpoint's own config."""
-    try:
-        model.load_state_dict(checkpoint.model_state)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its weights do not fit its own config: {error}") from error
+    _check_weights(model, checkpoint, path)
+    model.load_state_dict(checkpoint.model_state)
+
+
+def _check_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | Path) -> None:
+    def kind(tensor: object) -> str:
+        if not isinstance(tensor, torch.Tensor):
+            return "absent"
+        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+    wanted, held = model.state_dict(), checkpoint.model_state
+    for name in [*wanted, *held]:
+        if kind(held.get(name)) != kind(wanted.get(name)):
+            raise UserError(
+                f"{path}: its weights do not fit its own config: {name} is "
+                f"{kind(held.get(name))}, expected {kind(wanted.get(name))}"
+            )
 
 
 def summed_loss(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -78,6 +79,8 @@ def train(
         trainer = Trainer(config, folder, corpus, model, optimizer)
         if found is not None:
             trainer.restore(*found)
+        elif resume is not None:
+            print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
         compiled = compile_layers(model, config, config.num_batches - trainer.step)
         print(summarize(config, model, corpus, device, compiled), flush=True)
         folder.begin(
@@ -159,10 +162,10 @@ class Trainer:
                 row: dict[str, Any] = {"step": self.step}
                 if _due(self.step, config.validate_every):
                     row |= self.validate()
-                    bar.write(_validation_line(row))
+                    _say(bar, self.validation_line(row))
                 if self.step > 0 and _due(self.step, config.generate_every):
                     row["sample"] = self.sample()
-                    bar.write(f"step {self.step}, a sample:\n{row['sample']}\n")
+                    _say(bar, f"step {self.step}, a sample:\n{row['sample']}\n")
                 row |= self.train_one_step()
                 self.folder.log(row)
                 bar.set_postfix_str(_progress_text(row), refresh=False)
@@ -174,9 +177,10 @@ class Trainer:
                 ):
                     saved = self.folder.save_step(self.checkpoint(), config.keep_last)
                 if stop.signal_number:
-                    bar.write(
+                    _say(
+                        bar,
                         f"stopped after {self.step} steps, saved {saved}; go on with\n"
-                        f"  python train.py --config {self.folder.file('config.yaml')} --resume"
+                        f"  python train.py --config {self.folder.file('config.yaml')} --resume",
                     )
                     return 128 + stop.signal_number
         self.finish()
@@ -227,6 +231,12 @@ class Trainer:
             self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
         return {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
 
+    def validation_line(self, row: dict[str, Any]) -> str:
+        return (
+            f"step {self.step}: validation loss {row['val_loss']:.4f}, {row['val_bpc']:.4f} BPC "
+            f"({self.progress.seconds:.0f} s of training)"
+        )
+
     def sample(self) -> str:
         """The validation split's first bytes as a prompt, and what the model makes of them."""
         config = self.config
@@ -246,7 +256,7 @@ class Trainer:
         config = self.config
         self.folder.save("final.pt", self.checkpoint(with_optimizer=False))
         row: dict[str, Any] = {"step": self.step, **self.validate()}
-        print(_validation_line(row), flush=True)
+        print(self.validation_line(row), flush=True)
         if config.full_validation:
             loss = full_validation(
                 self.model,
@@ -321,8 +331,10 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _validation_line(row: dict[str, Any]) -> str:
-    return f"step {row['step']}: validation loss {row['val_loss']:.4f}, {row['val_bpc']:.4f} BPC"
+def _say(bar: tqdm[NoReturn], text: str) -> None:
+    """Print above the bar, at once: a log file may be all that is left of a killed run."""
+    bar.write(text)
+    sys.stdout.flush()
 
 
 def _progress_text(row: dict[str, Any]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import resource
 import sys
 
 import torch
+
+if sys.platform != "win32":
+    import resource
 
 from megalodon_enwik8.errors import UserError
 
@@ -54,10 +56,15 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: by tensors on a CUDA device, else by the whole process."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory held so far: by tensors on a CUDA device, else by the whole process.
+
+    None where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -200,7 +200,13 @@ def test_weights_return_to_the_model_they_came_from(
 
 def test_weights_of_another_model_or_size_are_refused(make_tiny: Any) -> None:
     weights = build_model(make_tiny("llama")).state_dict()
-    for config in (make_tiny("megalodon"), make_tiny("llama", depth=1)):
+    strangers = [
+        make_tiny("megalodon"),
+        make_tiny("llama", depth=1),
+        make_tiny("llama", depth=3),
+        make_tiny("llama", dim=2**20),  # terabytes, if it were built before it is compared
+    ]
+    for config in strangers:
         wrong = replace(EXAMPLE, config=config.used(), model_state=weights)
         with pytest.raises(UserError, match=r"x.pt: its weights do not fit its own config"):
             restore_model(wrong, "x.pt")

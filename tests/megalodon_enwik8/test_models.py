@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalodon_enwik8 import models
 from megalodon_enwik8.config import ExperimentConfig, make_config
 from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.evaluation import evaluate
+from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.llama import ffn_width
 from megalodon_enwik8.models import build_model, compile_layers, count_parameters, summed_loss
 
@@ -144,8 +146,10 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
 ) -> None:
     torch._dynamo.reset()
     rows = torch.randint(256, (2, 25))
+    model: Any = None
 
     def gradients(config: ExperimentConfig) -> list[torch.Tensor]:
+        nonlocal model
         model = build_model(config).train()
         compile_layers(model, config, steps=10)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -156,6 +160,9 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
     torch._dynamo.utils.counters.clear()
     compiled = gradients(make_tiny(model_name, compile=True))
     counters = torch._dynamo.utils.counters
+    # Other shapes, and no gradients: served without compiling anew.
+    evaluate(model, torch.randint(256, (3, 20)), use_autocast=autocast)
+    generate_bytes(model, b"some prompt", length=3, seed=1)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     eager = gradients(make_tiny(model_name))
