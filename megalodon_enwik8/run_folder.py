@@ -46,7 +46,7 @@ class RunFolder:
         """All files by which a folder counts as holding a run."""
         names = ("config.yaml", "environment.json", "metrics.jsonl", "best.pt", "final.pt")
         present = [self.file(name) for name in names if self.file(name).exists()]
-        return present + self.checkpoints()
+        return self.checkpoints() + present
 
     def find_checkpoint(self, resume: str | Path) -> tuple[Checkpoint, Path] | None:
         """The checkpoint to resume from: the file `resume`, or the newest valid one here.
@@ -89,6 +89,12 @@ class RunFolder:
         sessions: list[dict[str, Any]] = []
         if resumed is not None:
             rows = [r for r in read_metrics(resumed.with_name("metrics.jsonl")) if r["step"] < step]
+            if len(rows) < step:
+                print(
+                    f"{resumed.parent}: metrics.jsonl tells of {len(rows)} of the {step} steps "
+                    f"before; the rest is lost",
+                    file=sys.stderr,
+                )
             sessions = _sessions(resumed.with_name("environment.json"))
         for path in self.run_files():
             name = _CHECKPOINT.fullmatch(path.name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -38,12 +40,13 @@ from megalodon_enwik8.utils import (
 )
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
-# of the weights alone. The corpus is compared by its checksum, wherever it lies.
+# of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
+# by its size, however it is split.
 FREE_ON_RESUME = frozenset(
     {
-        "run_dir", "data_path", "data_bytes", "num_batches", "compile", "gradient_checkpointing",
-        "validate_every", "full_validation", "save_every", "keep_last", "keep_best",
-        "generate_every", "generate_prompt_len", "generate_length", "temperature", "min_p",
+        "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
+        "compile", "gradient_checkpointing", "validate_every", "full_validation", "save_every",
+        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length", "temperature", "min_p",
     }
 )  # fmt: skip
 
@@ -177,14 +180,21 @@ class Trainer:
                 ):
                     saved = self.folder.save_step(self.checkpoint(), config.keep_last)
                 if stop.signal_number:
-                    _say(
-                        bar,
-                        f"stopped after {self.step} steps, saved {saved}; go on with\n"
-                        f"  python train.py --config {self.folder.file('config.yaml')} --resume",
-                    )
+                    bar.clear()
+                    print(f"stopped after {self.step} steps, saved {saved}")
+                    self.say_how_to_resume()
                     return 128 + stop.signal_number
-        self.finish()
+        try:
+            self.finish()
+        except KeyboardInterrupt:
+            print("stopped before the end of the final validation, all weights are saved")
+            self.say_how_to_resume()
+            return 128 + signal.SIGINT
         return 0
+
+    def say_how_to_resume(self) -> None:
+        config = shlex.quote(str(self.folder.file("config.yaml")))
+        print(f"go on with: python train.py --config {config} --resume", flush=True)
 
     def train_one_step(self) -> dict[str, Any]:
         """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
@@ -226,6 +236,11 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """The loss on the fixed windows; keeps the weights if they are the best so far."""
         loss = evaluate(self.model, self.windows, use_autocast=self.config.use_autocast)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {self.step}: validation loss {loss}: stopped, the earlier checkpoints are "
+                f"good; lower learning_rate"
+            )
         if self.config.keep_best and loss < self.progress.best_val_loss:
             self.progress.best_val_loss = loss
             self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
@@ -315,7 +330,10 @@ def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfi
         raise UserError(
             f"{path}: holds model: {before.model}, the config asks for model: {config.model}"
         )
-    then, now = before.used(), config.used()
+    then, now = (
+        {**each.used(), "batch_size x grad_accum_every": each.sequences_per_step}
+        for each in (before, config)
+    )
     differing = [key for key in now if key not in FREE_ON_RESUME and then[key] != now[key]]
     if differing:
         changes = ", ".join(f"{key}={now[key]} (was {then[key]})" for key in differing)
@@ -342,5 +360,5 @@ def _progress_text(row: dict[str, Any]) -> str:
         return "not finite, skipped"
     return (
         f"loss {row['train_loss']:.3f}, {row['train_bpc']:.3f} BPC, "
-        f"{row['tokens_per_second']:,.0f} B/s"
+        f"{row['tokens_per_second']:,.0f} tokens/s"
     )

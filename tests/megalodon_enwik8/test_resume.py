@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_enwik8 import run_folder
+from megalodon_enwik8 import run_folder, training
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError
@@ -184,7 +184,10 @@ def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
     assert signal.getsignal(number) == before
     folder = Path(config.run_dir)
     assert (folder / f"checkpoint_{step + 1:08d}.pt").exists()
-    assert f"train.py --config {folder / 'config.yaml'} --resume" in capsys.readouterr().out
+    assert (
+        f"go on with: python train.py --config {folder / 'config.yaml'} --resume"
+        in capsys.readouterr().out
+    )
     assert train(config, resume=NEWEST) == 0
     assert_same_ending(config, whole)
 
@@ -239,6 +242,49 @@ def test_a_finished_run_goes_on_when_num_batches_grows(make_tiny: Any, tmp_path:
     assert_same_ending(longer, whole)
 
 
+def test_resuming_may_split_the_batch_another_way(make_tiny: Any, tmp_path: Path) -> None:
+    whole = make_tiny("llama")
+    assert train(whole) == 0
+    half = make_tiny("llama", run_dir=str(tmp_path / "half"), num_batches=4)
+    assert train(half) == 0
+    split = {"batch_size": 1, "grad_accum_every": 4}
+    config = make_tiny("llama", run_dir=half.run_dir, **split)
+    assert train(config, resume=NEWEST) == 0
+    weights, others = ending(config)[1], ending(whole)[1]
+    for name, weight in weights.items():
+        # Only the order of summation differs, for two steps of 3e-3.
+        torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-5)
+
+
+def test_lost_metrics_are_said_and_do_not_stop_the_run(
+    make_tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_tiny("llama")
+    assert train(config) == 0
+    metrics = Path(config.run_dir) / "metrics.jsonl"
+    metrics.write_text('{"step": 0}\n')
+    assert train(config, resume=NEWEST) == 0
+    assert "tells of 1 of the 6 steps before" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(metrics)] == [0, 6]
+
+
+def test_ctrl_c_in_the_final_validation_loses_nothing(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_tiny("llama", full_validation=True)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments: Any, **options: Any) -> float:
+            signal.raise_signal(signal.SIGINT)
+            return 0.0
+
+        patch.setattr(training, "full_validation", interrupted)
+        assert train(config) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert train(config, resume=NEWEST) == 0
+    assert [row["step"] for row in ending(config)[0]] == list(range(7))
+
+
 def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
     make_tiny: Any, tmp_path: Path
 ) -> None:
@@ -256,6 +302,7 @@ def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
     [
         ({"learning_rate": 1e-3, "seed": 8}, r"learning_rate=0.001 \(was 0.003\), seed=8 \(was 7"),
         ({"num_batches": 5}, r"num_batches=5: .* is at step 6 already; raise num_batches"),
+        ({"batch_size": 1}, r"batch_size x grad_accum_every=2 \(was 4\)"),
         ({"seq_len": 25}, r"another config: seq_len=25 \(was 24\); set it back"),
     ],
 )

@@ -172,6 +172,14 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny: Any) -> None
     assert_finite(folder / "checkpoint_00000006.pt")
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "evaluate", lambda *arguments, **options: math.inf)
+    with pytest.raises(UserError, match=r"^step 0: validation loss inf: stopped"):
+        train(make_tiny("llama", keep_best=True))
+
+
 def test_weights_that_are_not_finite_reach_no_checkpoint(make_tiny: Any) -> None:
     # So large a step leaves weights that overflow before any loss has shown it.
     config = make_tiny("llama", learning_rate=1e38, weight_decay=0, save_every=1, num_batches=3)
