@@ -253,6 +253,11 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         "final_norm",
     ]
 
+    def __init__(self, config: MegalodonConfig, *inputs: Any, **kwargs: Any) -> None:
+        # from_pretrained(dtype=...) and from_config(dtype=...) put the type they want there.
+        _refuse_float16(config.dtype)
+        super().__init__(config, *inputs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -292,13 +297,31 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         std = 1.0 / math.sqrt(self.config.model_dim)
         init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
+    def to(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> "MegalodonPreTrainedModel":
+        _refuse_float16(torch._C._nn._parse_to(*args, **kwargs)[1])
+        return super().to(*args, **kwargs)
+
     def half(self) -> "MegalodonPreTrainedModel":
-        _refuse_float16(torch.float16)
-        return self
+        return self.to(torch.float16)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r}: the attention inside the chunks of "
+                "a Megalodon runs with 'sdpa', the default, or 'eager'"
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _returns_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
 
-def _refuse_float16(dtype: torch.dtype) -> None:
-    if dtype == torch.float16:
+def _refuse_float16(dtype: torch.dtype | str | None) -> None:
+    if dtype in (torch.float16, "float16"):
         raise ValueError(
             "Megalodon does not run in float16, whose range its norms overflow; "
             "use bfloat16 or float32"
@@ -327,6 +350,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         segment_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states of a piece of text.
@@ -343,12 +367,21 @@ class MegalodonModel(MegalodonPreTrainedModel):
             use_cache: whether to return the state. Default: the config's `use_cache` when
                 evaluating, False when training.
             output_hidden_states: whether to return the input of every block as well, and the
-                final hidden states.
+                final hidden states. Default: the config's.
+            output_attentions: refused, for attention maps are never whole.
+            return_dict: whether to return an object, not a tuple. Default: the config's.
 
         Raises:
             ValueError: for a cache of another model or batch size, a mask or positions of the
-                wrong shape, ids outside the vocabulary, float16.
+                wrong shape, ids outside the vocabulary, float16, attention maps asked for.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions=True: a Megalodon attends chunk by chunk and returns no "
+                "attention maps; output_hidden_states is served"
+            )
         x = self._embed(input_ids, inputs_embeds)
         if past_key_values is not None:
             if not isinstance(past_key_values, MegalodonCache):
@@ -393,7 +426,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -413,6 +446,11 @@ class MegalodonModel(MegalodonPreTrainedModel):
                     f"outside the vocabulary of {self.embed_tokens.num_embeddings}"
                 ) from None
         x = inputs_embeds
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.config.model_dim:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(x.shape)}; it must be (batch, length, "
+                f"{self.config.model_dim}) with at least one token"
+            )
         _refuse_float16(x.dtype)
         if torch.is_autocast_enabled(x.device.type):
             _refuse_float16(torch.get_autocast_dtype(x.device.type))
@@ -434,12 +472,14 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     """A Megalodon with the output matrix of a language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True  # tells Trainer that forward takes num_items_in_batch
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
         self.model = MegalodonModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.register_load_state_dict_post_hook(_forgive_tied_weight)
         self.post_init()
 
     def forward(
@@ -453,17 +493,22 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **loss_kwargs: Any,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
     ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits, and the loss where labels are given.
 
         Args:
-            labels: (B, L), the input ids themselves: the shift by one happens here. -100 is
-                left out, and so are padding and every token that none of its document precedes.
+            labels: (B, L), the input ids themselves: the shift by one happens here.
+                `ignore_index` is left out, and so are padding and every token that none of its
+                document precedes.
             logits_to_keep: how many last positions get logits (0: all), or their indices.
-            loss_kwargs: `num_items_in_batch` and what else transformers' loss takes.
+            num_items_in_batch: what the summed loss is divided by, as Trainer has it for
+                accumulated gradients. Default: the number of labels that count.
+            ignore_index: the label that stands for none.
 
         The other arguments are those of :meth:`MegalodonModel.forward`.
         """
@@ -476,6 +521,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             segment_ids=segment_ids,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -486,9 +533,17 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}"
                 )
-            labels = mask_labels(labels, attention_mask, position_ids, segment_ids)
+            if logits.shape[1] != x.shape[1]:
+                raise ValueError("a loss needs the logits of all positions: logits_to_keep=0")
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
+            labels = mask_labels(labels, attention_mask, position_ids, segment_ids, ignore_index)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
             )
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -496,7 +551,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
@@ -506,5 +561,15 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: a Megalodon "
                 "has one kind of cache, fixed in size already; leave it unset"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            cache._is_user_defined = True  # generate leaves such a cache at its last token
+        elif generation_config.use_cache:
             model_kwargs["past_key_values"] = MegalodonCache(self.config)
+
+
+def _forgive_tied_weight(model: MegalodonForCausalLM, keys: Any) -> None:
+    """A checkpoint holds a tied matrix once; the other name is then not missing."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    if tied and "model.embed_tokens.weight" not in keys.missing_keys:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key != "lm_head.weight"]

@@ -1,0 +1,155 @@
+"""Text as bytes: a tokenizer whose ids 0 to 255 are the bytes 0 to 255."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.utils.generic import to_py_obj
+
+NUM_BYTES = 256
+
+
+class MegalodonTokenizer(PreTrainedTokenizer):
+    """A text is its UTF-8 bytes, one id each; nothing is added to it.
+
+    Every byte string has its place: ``tokenizer(data)`` and ``tokenizer.encode(data)`` take
+    ``bytes`` wherever they take ``str`` and never read them as special tokens, and
+    :meth:`decode_bytes` gives them back. Where the bytes are no UTF-8, a ``str`` can hold them as
+    Python's file names do: ``decode(ids, errors="surrogateescape")`` loses nothing, and encoding
+    such a text gives the same bytes again.
+
+    The token of byte 10 is called ``<0x0A>``. Special tokens are optional. One that is named like
+    a byte is that byte (``pad_token="<0x00>"`` adds nothing to the vocabulary); any other takes
+    the next free id from 256 on, for which the model needs ``resize_token_embeddings``. Padding
+    stands on the left, where generation wants it.
+
+    Args:
+        errors: what ``decode`` does with bytes that are not UTF-8, as in ``bytes.decode``. The
+            default, ``replace``, gives a text that can always be printed.
+        special_tokens_pattern: which special tokens each text gets, as transformers names them:
+            ``bos``, ``eos``, ``bos_eos``; ``None`` for none.
+        kwargs: ``pad_token``, ``eos_token``, ``padding_side`` and what else tokenizers of
+            transformers take.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+
+    def __init__(
+        self, errors: str = "replace", special_tokens_pattern: str | None = None, **kwargs: Any
+    ) -> None:
+        self.errors = errors
+        self._byte_tokens = [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
+        self._byte_ids = {token: byte for byte, token in enumerate(self._byte_tokens)}
+        super().__init__(errors=errors, special_tokens_pattern=special_tokens_pattern, **kwargs)
+        # transformers saves only what is noted here, and the pattern is not.
+        self.init_kwargs["special_tokens_pattern"] = special_tokens_pattern
+
+    @property
+    def vocab_size(self) -> int:
+        """The bytes; ``len(tokenizer)`` counts added tokens too."""
+        return NUM_BYTES
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._byte_ids, **self.added_tokens_encoder}
+
+    def decode_bytes(
+        self, token_ids: int | list[int] | Tensor, skip_special_tokens: bool = False
+    ) -> bytes:
+        """The bytes of one sequence of ids, exactly. Added tokens are written out by name.
+
+        Raises:
+            ValueError: for an id that is neither a byte nor an added token.
+        """
+        ids = to_py_obj(token_ids)
+        ids = [ids] if isinstance(ids, int) else ids
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        if not skipped and not self._added_tokens_decoder:
+            if ids and not 0 <= min(ids) <= max(ids) < NUM_BYTES:
+                self._refuse_id(next(i for i in ids if not 0 <= i < NUM_BYTES))
+            return bytes(ids)
+        return b"".join(self._id_to_bytes(i) for i in ids if i not in skipped)
+
+    def _id_to_bytes(self, index: int) -> bytes:
+        if 0 <= index < NUM_BYTES:
+            return bytes([index])
+        if index not in self._added_tokens_decoder:
+            self._refuse_id(index)
+        return self._added_tokens_decoder[index].content.encode()
+
+    def _refuse_id(self, index: int) -> None:
+        raise ValueError(
+            f"{index} is no id of this tokenizer: it has {NUM_BYTES} bytes and "
+            f"{len(self) - NUM_BYTES} added tokens"
+        )
+
+    def _encode_plus(  # type: ignore[override]
+        self, text: Any, text_pair: Any = None, **kwargs: Any
+    ) -> BatchEncoding:
+        # Where no added token can occur, a text is its bytes, without a list of names between.
+        split = kwargs.get("split_special_tokens", self.split_special_tokens)
+        plain = (split or not self._added_tokens_encoder) and not (
+            kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")
+        )
+
+        def convert(item: Any) -> Any:
+            if isinstance(item, (bytes, bytearray, memoryview)):
+                return list(bytes(item)) or ""
+            if plain and isinstance(item, str):
+                return list(_to_bytes(item)) or ""
+            if isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
+                return type(item)(convert(part) for part in item)
+            return item
+
+        return super()._encode_plus(convert(text), text_pair=convert(text_pair), **kwargs)
+
+    def _get_padding_truncation_strategies(  # type: ignore[override]
+        self, padding: Any = False, **kwargs: Any
+    ) -> Any:
+        if padding not in (False, None, "do_not_pad") and self.pad_token_id is None:
+            raise ValueError(
+                "padding needs a pad token, and bytes leave none over. Any byte will do where the "
+                "model gets the attention_mask: tokenizer.pad_token_id = 0, or "
+                "pad_token='<0x00>' to from_pretrained. A token of its own needs "
+                "tokenizer.add_special_tokens({'pad_token': '<pad>'}) and "
+                "model.resize_token_embeddings(len(tokenizer))"
+            )
+        return super()._get_padding_truncation_strategies(padding=padding, **kwargs)
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return [self._byte_tokens[byte] for byte in _to_bytes(text)]
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self._byte_ids.get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < NUM_BYTES:
+            self._refuse_id(index)
+        return self._byte_tokens[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        data = b"".join(
+            bytes([self._byte_ids[token]]) if token in self._byte_ids else token.encode()
+            for token in tokens
+        )
+        return data.decode(errors=self.errors)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        if kwargs:
+            raise TypeError(f"decode does not take {', '.join(sorted(kwargs))}")
+        data = self.decode_bytes(token_ids, skip_special_tokens)
+        text = data.decode(errors=self.errors if errors is None else errors)
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
