@@ -1,6 +1,7 @@
 """How a batch lies: what the masks, positions and cache of a call mean for the operations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,25 @@ class Layout:
     segments: Segments | None
     return_state: bool
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
+        """The same on another device. accelerate calls it for each block, so that the blocks of
+        one model may lie on several."""
+        if self.rotary.device == torch.device(device):
+            return self
+        return _to_device(self, device, non_blocking)
+
+
+def _to_device(part: Any, device: torch.device | str | int, non_blocking: bool) -> Any:
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=non_blocking)
+    if isinstance(part, (Layout, Segments)):
+        moved = {
+            field.name: _to_device(getattr(part, field.name), device, non_blocking)
+            for field in fields(part)
+        }
+        return replace(part, **moved)
+    return part
+
 
 def read_layout(
     x: Tensor,
@@ -40,7 +60,9 @@ def read_layout(
     """The layout of x (B, L, D). Raises ValueError for shapes that do not fit."""
     batch, length = x.shape[:2]
     mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
-    lengths = None if cache is None else cache.lengths
+    lengths = None
+    if cache is not None and cache.lengths is not None:
+        lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
     border = document_borders(position_ids, segment_ids, mask, lengths, batch, length)
     uniform = 0 if cache is None else cache.uniform_length
 
