@@ -46,7 +46,8 @@ FREE_ON_RESUME = frozenset(
     {
         "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
         "compile", "gradient_checkpointing", "validate_every", "full_validation", "save_every",
-        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length", "temperature", "min_p",
+        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
+        "temperature", "min_p",
     }
 )  # fmt: skip
 
