@@ -125,9 +125,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each step's own group, (B, L, G, D/G) -> 2 x (B, L, G)."""
-    mean = groups.mean(-1)
+    size = groups.shape[-1]
+    mean = groups.sum(-1) / size
     centred = groups - mean.unsqueeze(-1)
-    return mean, torch.linalg.vecdot(centred, centred) / groups.shape[-1]
+    return mean, torch.linalg.vecdot(centred, centred) / size
+
+
+def _spread(x: Tensor, size: int) -> Tensor:
+    """(B, L, G) -> (B, L, G * size), each number written out for its group: full-size operations
+    then run over contiguous memory, which broadcasting over a short last axis would not."""
+    return x.unsqueeze(-1).expand(*x.shape, size).reshape(*x.shape[:-1], -1)
 
 
 def _cumulative_statistics(
@@ -203,9 +210,10 @@ class _TimestepNorm(torch.autograd.Function):
             TimestepNormState(count, mean0, var0),
         )
         rstd = (var + eps).rsqrt()
-        mean_x, rstd_x = mean.to(dtype), rstd.to(dtype)
-        normed = (groups - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
-        y = torch.addcmul(bias.to(dtype), normed.flatten(-2), (weight + 1).to(dtype))
+        size = groups.shape[-1]
+        y = groups.flatten(-2) - _spread(mean.to(dtype), size)
+        y *= _spread(rstd.to(dtype), size)
+        y = torch.addcmul(bias.to(dtype), y, (weight + 1).to(dtype))
         ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
         ctx.bias_dtype = bias.dtype
         return y.to(x.dtype), mean[:, -1].clone(), var[:, -1].clone()
@@ -215,16 +223,17 @@ class _TimestepNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple:
         x, weight, count, mean0, mean, rstd, inverse = ctx.saved_tensors
         dtype, size = _compute_dtype(x), x.shape[-1] // mean.shape[-1]
-        groups = x.unflatten(-1, (mean.shape[-1], size)).to(dtype)
-        mean_x, rstd_x = mean.to(dtype).unsqueeze(-1), rstd.to(dtype).unsqueeze(-1)
         grad_y = grad_y.to(dtype)
-        normed = (groups - mean_x) * rstd_x
+        rstd_x = _spread(rstd.to(dtype), size)
+        centred = x.to(dtype) - _spread(mean.to(dtype), size)
+        grad_weight = ((grad_y * centred).mul_(rstd_x)).sum((0, 1))
         grad_bias = grad_y.sum((0, 1))
-        grad_weight = (grad_y * normed.flatten(-2)).sum((0, 1))
-        grad_normed = (grad_y * (weight + 1).to(dtype)).unflatten(-1, (-1, size))
-        # Per group, in the dtype of the statistics.
-        to_mean = -grad_normed.sum(-1).to(mean.dtype) * rstd
-        to_var = torch.linalg.vecdot(grad_normed, normed).to(mean.dtype) * rstd.square() * -0.5
+        grad_normed = grad_y * (weight + 1).to(dtype)
+        grad_x = grad_normed * rstd_x
+        # Per group, in the dtype of the statistics: to the mean, and to the variance.
+        by_group = [t.unflatten(-1, (-1, size)) for t in (grad_x, centred)]
+        to_mean = -by_group[0].sum(-1).to(mean.dtype)
+        to_var = torch.linalg.vecdot(*by_group).to(mean.dtype) * rstd.square() * -0.5
         to_mean[:, -1] += grad_mean
         to_var[:, -1] += grad_var
         to_mean, to_var = to_mean * inverse, to_var * (2 * inverse)
@@ -232,10 +241,9 @@ class _TimestepNorm(torch.autograd.Function):
         offset = _reverse_cumsum(to_mean - to_var * mean) / size
         # (x - M) slope + (offset + M slope): centred, so that a large mean does not cancel.
         offset = offset + mean * slope
-        grad_groups = grad_normed * rstd_x
-        grad_groups = torch.addcmul(grad_groups, groups - mean_x, slope.to(dtype).unsqueeze(-1))
-        grad_groups = grad_groups + offset.to(dtype).unsqueeze(-1)
-        grad_x = grad_groups.flatten(-2).to(x.dtype)
+        grad_x.addcmul_(centred, _spread(slope.to(dtype), size))
+        grad_x += _spread(offset.to(dtype), size)
+        grad_x = grad_x.to(x.dtype)
         seen = count.to(mean.dtype).unsqueeze(-1)
         start = mean0.unsqueeze(1)
         grad_mean0 = seen * (to_mean + to_var * (start - mean)).sum(1)
