@@ -40,8 +40,8 @@ def initial_state(x: Tensor, num_groups: int) -> TimestepNormState:
     """The state before the first step of ``x`` (B, L, D)."""
     batch, dtype = x.shape[0], statistics_dtype(x)
     count = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    zeros = torch.zeros(batch, num_groups, dtype=dtype, device=x.device)
-    return TimestepNormState(count, zeros, zeros)
+    mean, var = torch.zeros(2, batch, num_groups, dtype=dtype, device=x.device)
+    return TimestepNormState(count, mean, var)
 
 
 def timestep_norm_reference(

@@ -85,7 +85,7 @@ def test_angles_stay_exact_over_a_long_text() -> None:
     x[:, 0] = 1.0
     expected, _ = cema(x, wide)
     found, _ = cema(x.float(), narrow)
-    # Angles inside a block of 64 are rounded to 2^-24 of 32 turns: about 1e-5 rad.
+    # Angles inside a block are rounded to 2^-24 of up to 16 turns: about 6e-6 rad.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
