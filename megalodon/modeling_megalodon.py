@@ -553,6 +553,15 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own, without the tokenizer of `stop_strings`, which it would hand on."""
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
     ) -> None:

@@ -1,0 +1,34 @@
+"""What tests of the model at home in transformers share."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """Python's warnings raise, and what transformers logs from WARNING on fails the test."""
+    collector = _Collector()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(collector)
+    # transformers says some things once a process; here each test is to hear them.
+    transformers_logging.warning_once.cache_clear()  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        logger.removeHandler(collector)
+    assert not collector.messages
