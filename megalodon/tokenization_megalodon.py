@@ -21,7 +21,8 @@ class MegalodonTokenizer(PreTrainedTokenizer):
     The token of byte 10 is called ``<0x0A>``. Special tokens are optional. One that is named like
     a byte is that byte (``pad_token="<0x00>"`` adds nothing to the vocabulary); any other takes
     the next free id from 256 on, for which the model needs ``resize_token_embeddings``. Padding
-    stands on the left, where generation wants it.
+    stands on the left, where generation wants it. The `stop_strings` of ``generate``, which looks
+    at tokens one by one, find ASCII only.
 
     Args:
         errors: what ``decode`` does with bytes that are not UTF-8, as in ``bytes.decode``. The
