@@ -1,0 +1,261 @@
+"""At home in transformers: Auto classes, pipelines, devices, vocabularies, outputs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+
+from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonTokenizer
+
+from .models import CHUNK, tiny_config, tiny_model
+
+quiet = pytest.mark.usefixtures("no_warnings")
+
+IDS = torch.randint(0, 256, (2, 2 * CHUNK + 3), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved model with its tokenizer."""
+    tiny_model().save_pretrained(tmp_path)
+    MegalodonTokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    return model.generate(ids, max_new_tokens=CHUNK + 2, do_sample=False, **options)
+
+
+class TestAutoClasses:
+    @quiet
+    def test_make_what_the_config_says(self) -> None:
+        assert type(AutoConfig.for_model("megalodon")) is MegalodonConfig
+        assert type(AutoModel.from_config(tiny_config())) is MegalodonModel
+        assert type(AutoModelForCausalLM.from_config(tiny_config())) is MegalodonForCausalLM
+
+    def test_config_answers_to_the_common_names(self) -> None:
+        config = tiny_config()
+        assert config.hidden_size == config.model_dim == 32
+        assert config.num_hidden_layers == config.num_layers == 2
+        assert config.num_attention_heads == config.num_heads == 2
+        assert config.intermediate_size == config.ffn_hidden_dim == 40
+        common = MegalodonConfig(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=100
+        )
+        assert (common.model_dim, common.num_layers, common.num_heads) == (64, 3, 4)
+        assert common.ffn_hidden_dim == 100
+        common.hidden_size = 96
+        assert common.model_dim == 96
+
+
+class TestPipeline:
+    @quiet
+    def test_continues_a_prompt(self, folder: Path) -> None:
+        generate = pipeline("text-generation", str(folder))
+        assert type(generate.tokenizer) is MegalodonTokenizer
+        text = "Göttingen is"
+        found = generate(text, max_new_tokens=CHUNK + 2, do_sample=False)[0]["generated_text"]
+        ids = torch.tensor([list(text.encode())])
+        new = generated(tiny_model(), ids)[0, ids.shape[1] :]
+        assert found == text + MegalodonTokenizer().decode(new)
+        torch.manual_seed(0)
+        several = generate(
+            text, max_new_tokens=4, num_return_sequences=3, do_sample=True, min_p=0.05, top_k=0
+        )
+        assert len({one["generated_text"] for one in several}) > 1
+
+    @quiet
+    def test_a_batch_of_unequal_prompts_gives_what_each_gives(self, folder: Path) -> None:
+        generate = pipeline("text-generation", str(folder))
+        generate.tokenizer.pad_token_id = 0
+        prompts = ["a", "Once upon a time", "the sea"]
+        options = {"max_new_tokens": CHUNK + 2, "do_sample": False}
+        together = generate(prompts, batch_size=3, **options)
+        assert together == [generate(prompt, **options) for prompt in prompts]
+
+    @quiet
+    def test_stops_at_a_string_and_takes_chats(self, folder: Path) -> None:
+        generate = pipeline("text-generation", str(folder))
+        options = {"do_sample": False, "suppress_tokens": list(range(128, 256))}
+        new = generate("x", max_new_tokens=12, return_full_text=False, **options)
+        stop = new[0]["generated_text"][4]
+        cut = generate(
+            "x", max_new_tokens=12, return_full_text=False, stop_sequence=stop, **options
+        )
+        assert cut[0]["generated_text"] == new[0]["generated_text"].split(stop)[0] + stop
+        generate.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        chat = generate([{"role": "user", "content": "x"}], max_new_tokens=12, **options)
+        assert chat[0]["generated_text"][-1]["content"] == new[0]["generated_text"]
+
+
+class TestDevices:
+    @quiet
+    @torch.no_grad()
+    def test_device_map_auto_loads_what_fits(self, folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+        assert torch.equal(model.cpu()(IDS).logits, tiny_model()(IDS).logits)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_layers_on_disk_give_the_same(self, tmp_path: Path, tied: bool) -> None:
+        model = tiny_model(tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path)
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        places |= {"model.final_norm": "disk", "lm_head": "cpu" if tied else "disk"}
+        offloaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=places, offload_folder=tmp_path / "offloaded"
+        )
+        assert {p.device.type for p in offloaded.model.layers[1].parameters()} == {"meta"}
+        assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
+        assert torch.equal(generated(offloaded, IDS), generated(model, IDS))
+        mask = torch.ones_like(IDS)
+        mask[0, :5] = 0
+        expected = generated(model, IDS, attention_mask=mask)
+        assert torch.equal(generated(offloaded, IDS, attention_mask=mask), expected)
+
+    @torch.no_grad()
+    def test_offloading_to_the_cpu_gives_the_same(self) -> None:
+        from accelerate import cpu_offload
+
+        model = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
+        assert torch.equal(generated(model, IDS), generated(tiny_model(), IDS))
+
+    def test_no_block_is_ever_split(self) -> None:
+        from accelerate import infer_auto_device_map
+
+        model = tiny_model(num_layers=6, tie_word_embeddings=False)
+        block = sum(p.nbytes for p in model.model.layers[0].parameters())
+        places = infer_auto_device_map(
+            model,
+            max_memory={"cpu": 4 * block, "disk": 10**9},
+            no_split_module_classes=list(model._no_split_modules),
+        )
+        layers = {name: place for name, place in places.items() if "layers" in name}
+        assert sorted(layers) == [f"model.layers.{i}" for i in range(6)]
+        assert set(layers.values()) == {"cpu", "disk"}
+
+    @pytest.mark.cuda
+    @torch.no_grad()
+    def test_blocks_on_two_devices_give_the_same(self) -> None:
+        from accelerate import dispatch_model
+
+        model = tiny_model(num_layers=3)
+        places: dict[str, Any] = {"model.embed_tokens": "cpu", "model.layers.0": 0}
+        places |= {"model.layers.1": "cpu", "model.layers.2": 0, "model.final_norm": 0}
+        places |= {"lm_head": "cpu"}
+        split = dispatch_model(tiny_model(num_layers=3), places, main_device="cpu")
+        mask = torch.ones_like(IDS)
+        mask[0, :5] = 0
+        for extra in ({}, {"attention_mask": mask}):
+            # Two devices' kernels sum in different orders.
+            found, expected = split(IDS, **extra).logits, model(IDS, **extra).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+            assert torch.equal(generated(split, IDS, **extra), generated(model, IDS, **extra))
+
+
+class TestVocabulary:
+    @torch.no_grad()
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_new_tokens_leave_the_old_as_they_were(self, tmp_path: Path, tied: bool) -> None:
+        model = tiny_model(tie_word_embeddings=tied)
+        logits = model(IDS).logits
+        model.resize_token_embeddings(300)
+        assert model.config.vocab_size == model.vocab_size == 300
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+        torch.testing.assert_close(model(IDS).logits[..., :256], logits, rtol=0, atol=1e-6)
+        assert model(torch.tensor([[299]])).logits.shape == (1, 1, 300)
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        with pytest.raises(ValueError, match="outside the vocabulary of 300"):
+            model(torch.tensor([[300]]))
+
+    def test_new_tokens_train(self) -> None:
+        tokenizer = MegalodonTokenizer(pad_token="<pad>", eos_token="</s>")
+        model = tiny_model()
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        assert model.config.vocab_size == 320
+        batch = tokenizer(["ab</s>", "longer</s>"], padding=True, return_tensors="pt")
+        model(**batch, labels=batch.input_ids).loss.backward()
+        gradient = model.model.embed_tokens.weight.grad
+        assert gradient[tokenizer.eos_token_id].any()
+        assert gradient.isfinite().all()
+
+    def test_embeddings_are_where_transformers_looks(self) -> None:
+        model = tiny_model(tie_word_embeddings=False)
+        assert model.get_input_embeddings() is model.model.embed_tokens
+        assert model.get_output_embeddings() is model.lm_head
+        assert model.get_decoder() is model.model
+        new = nn.Embedding(256, 32)
+        model.set_input_embeddings(new)
+        assert model.model.embed_tokens is new
+
+
+class TestOutputs:
+    @quiet
+    @torch.no_grad()
+    def test_hidden_states_run_from_the_embedding_to_the_last_norm(self) -> None:
+        model = tiny_model()
+        output = model(IDS, output_hidden_states=True)
+        states = output.hidden_states
+        assert len(states) == model.config.num_layers + 1
+        assert torch.equal(states[0], model.model.embed_tokens(IDS))
+        assert torch.equal(model.lm_head(states[-1]), output.logits)
+        assert torch.equal(model.model(IDS).last_hidden_state, states[-1])
+        assert model(IDS).hidden_states is None
+
+    @torch.no_grad()
+    def test_the_config_may_ask_for_them(self) -> None:
+        model = tiny_model(output_hidden_states=True)
+        assert len(model(IDS).hidden_states) == 3
+        assert model(IDS, output_hidden_states=False).hidden_states is None
+
+    @quiet
+    @torch.no_grad()
+    def test_tuples_hold_the_same(self) -> None:
+        model = tiny_model()
+        expected = model(IDS, labels=IDS, use_cache=False)
+        for found in (
+            model(IDS, labels=IDS, use_cache=False, return_dict=False),
+            tiny_model(return_dict=False)(IDS, labels=IDS, use_cache=False),
+        ):
+            assert isinstance(found, tuple)
+            assert torch.equal(found[0], expected.loss)
+            assert torch.equal(found[1], expected.logits)
+        assert isinstance(model.model(IDS, return_dict=False), tuple)
+
+    def test_attention_maps_are_refused(self) -> None:
+        for model in (tiny_model(), tiny_model().model):
+            with pytest.raises(ValueError, match="no attention maps"):
+                model(IDS, output_attentions=True)
+
+
+class TestAttentionImplementation:
+    @quiet
+    @torch.no_grad()
+    def test_eager_and_sdpa_are_served(self, folder: Path) -> None:
+        logits = [
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)(IDS).logits
+            for name in ("eager", "sdpa")
+        ]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "name", ["nonsense", "flash_attention_2", "flex_attention", "paged|eager"]
+    )
+    def test_any_other_is_refused(self, folder: Path, name: str) -> None:
+        with pytest.raises(ValueError, match=r"'sdpa', the default, or 'eager'"):
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
+        with pytest.raises(ValueError, match=r"'sdpa', the default, or 'eager'"):
+            tiny_model().set_attn_implementation(name)
+
+
+def test_embeddings_of_the_wrong_shape_are_refused() -> None:
+    for shape in [(2, 32), (2, 0, 32), (2, 5, 31)]:
+        with pytest.raises(ValueError, match="inputs_embeds has shape"):
+            tiny_model()(inputs_embeds=torch.zeros(shape))
