@@ -1,5 +1,6 @@
 """At home in transformers: Auto classes, pipelines, devices, vocabularies, outputs."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel, MegalodonTokenizer
+from megalodon.layout import Layout
 
 from .models import CHUNK, tiny_config, tiny_model
 
@@ -138,6 +140,29 @@ class TestDevices:
         layers = {name: place for name, place in places.items() if "layers" in name}
         assert sorted(layers) == [f"model.layers.{i}" for i in range(6)]
         assert set(layers.values()) == {"cpu", "disk"}
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_what_blocks_share_follows_them_to_their_device(self, packed: bool) -> None:
+        from accelerate.utils import send_to_device
+
+        seen: list[Layout] = []
+        model = tiny_model()
+        model.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[2]))
+        model(IDS, segment_ids=(IDS > 99).long() if packed else None)
+        layout = seen[0]
+        assert send_to_device(layout, "cpu") is layout
+        moved = send_to_device(layout, "meta")
+        parts = [(layout, moved), (layout.segments, moved.segments)]
+        tensors = 0
+        for before, after in parts[: 1 + packed]:
+            for field in dataclasses.fields(before):
+                value = getattr(before, field.name)
+                if isinstance(value, Tensor):
+                    tensors += 1
+                    assert getattr(after, field.name).device.type == "meta"
+                elif field.name != "segments":
+                    assert getattr(after, field.name) == value
+        assert tensors > 10 * packed
 
     @pytest.mark.cuda
     @torch.no_grad()
