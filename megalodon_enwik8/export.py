@@ -1,0 +1,110 @@
+"""A checkpoint as a Hugging Face folder: python -m megalodon_enwik8.export runs/X/final.pt DIR
+
+After `import megalodon`, AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load
+the folder, whichever model it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalodon_enwik8.command_line import Parser
+from megalodon_enwik8.errors import UserError, explain_os_error, run_main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BYTES = 256
+
+# What an export consists of. A folder with other files is somebody's.
+FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m megalodon_enwik8.export", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="final.pt, best.pt or a checkpoint_*.pt of a run folder")
+    parser.add_argument("folder", metavar="DIR", help="made if it is not there")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into DIR even if it holds something else than an earlier export",
+    )
+    return parser.parse_args(argv)
+
+
+def export_model(
+    model: PreTrainedModel, folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Write a byte-level model and its tokenizer to a folder. Each file is whole or absent.
+
+    Files of other names stay where they are.
+
+    Raises:
+        UserError: if the folder holds anything else than an earlier export and `overwrite` is
+            false, or cannot be written.
+    """
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    from megalodon import MegalodonTokenizer
+
+    target = Path(folder)
+    check_folder(target, overwrite)
+    model.generation_config.suppress_tokens = list(range(BYTES, model.config.vocab_size)) or None
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".writing", dir=target) as aside:
+            model.save_pretrained(aside, max_shard_size="1TB")
+            MegalodonTokenizer().save_pretrained(aside)
+            for file in sorted(Path(aside).iterdir()):
+                os.replace(file, target / file.name)
+    except (OSError, SafetensorError) as error:
+        explained = explain_os_error(error, target) if isinstance(error, OSError) else None
+        raise explained or UserError(f"{target}: cannot be written: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise UserError unless the folder may be written to."""
+    if folder.is_dir():
+        others = sorted({path.name for path in folder.iterdir()} - FILES)
+        if others and not overwrite:
+            raise UserError(
+                f"{folder}: holds {others[0]}{' and more' if others[1:] else ''}, which is no "
+                "part of an export: name another folder, or add --overwrite to write into this one"
+            )
+    elif folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder}: is a file: name a folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    target = Path(options.folder)
+    check_folder(target, options.overwrite)  # before torch takes seconds to load
+
+    from megalodon_enwik8.checkpoint import load_checkpoint
+    from megalodon_enwik8.models import count_parameters, restore_model
+
+    path = Path(options.checkpoint)
+    checkpoint = load_checkpoint(path)
+    model = restore_model(checkpoint, path)
+    export_model(model, target, overwrite=options.overwrite)
+    print(
+        f"{target}: {type(model).__name__} after {checkpoint.step} steps, "
+        f"{count_parameters(model):,} parameters"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""Checkpoints as folders that transformers loads."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from megalodon import MegalodonTokenizer
+from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from megalodon_enwik8.errors import UserError, run_main
+from megalodon_enwik8.export import FILES, main
+from megalodon_enwik8.generation import generate_bytes
+from megalodon_enwik8.models import build_model, restore_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_checkpoint(path: Path, config: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_checkpoint(path, Checkpoint(config.used(), 3, "", {}, model.state_dict(), None))
+    return path
+
+
+@pytest.fixture
+def checkpoint(make_tiny: Any, model_name: str, tmp_path: Path) -> Path:
+    """A checkpoint of either model."""
+    return write_checkpoint(tmp_path / "run" / "final.pt", make_tiny(model_name))
+
+
+def export(checkpoint: Path, folder: Path, *options: str) -> int:
+    return main([str(checkpoint), str(folder), *options])
+
+
+@torch.no_grad()
+def test_the_folder_holds_the_model_and_its_tokenizer(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "made" / "here"
+    assert export(checkpoint, folder) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r".*here: \w+ForCausalLM after 3 steps, [\d,]+ parameters\n", out)
+    assert err == ""
+    assert {path.name for path in folder.iterdir()} == FILES
+    expected = restore_model(load_checkpoint(checkpoint), checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(0, 256, (2, 20))
+    assert type(model) is type(expected)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer) is MegalodonTokenizer
+    assert tokenizer.decode_bytes(tokenizer.encode(bytes(range(256)))) == bytes(range(256))
+    prompt = "Göttingen "
+    found = pipeline("text-generation", str(folder))(
+        prompt, max_new_tokens=12, do_sample=False, return_full_text=False
+    )
+    new = generate_bytes(expected, prompt.encode(), length=12, seed=0, temperature=0)
+    assert found[0]["generated_text"] == new.decode(errors="replace")
+
+
+def test_a_vocabulary_wider_than_the_bytes_generates_bytes_only(
+    make_tiny: Any, model_name: str, tmp_path: Path
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "wide.pt", make_tiny(model_name, num_tokens=1000))
+    export(checkpoint, tmp_path / "wide")
+    output = pipeline("text-generation", str(tmp_path / "wide"))(
+        "a", max_new_tokens=30, return_tensors=True, top_k=0
+    )
+    assert max(output[0]["generated_token_ids"]) < 256
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is(
+    checkpoint: Path, make_tiny: Any, model_name: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "exported"
+    export(checkpoint, folder)
+    before = (folder / "model.safetensors").read_bytes()
+    other = write_checkpoint(tmp_path / "other.pt", make_tiny(model_name, seed=8))
+    export(other, folder)
+    assert (folder / "model.safetensors").read_bytes() != before
+    (folder / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match=r"holds thesis\.tex, which is no part of an export"):
+        export(checkpoint, folder)
+    export(checkpoint, folder, "--overwrite")
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert (folder / "thesis.tex").read_text() == "all of it"
+    assert {path.name for path in folder.iterdir()} == {*FILES, "thesis.tex"}
+
+
+@pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
+def test_mistakes_are_one_line_and_code_2(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(checkpoint.read_bytes()[:-100])
+    target = tmp_path / "target"
+    cases: list[tuple[list[str | Path], str]] = [
+        ([], "required: checkpoint, DIR"),
+        ([checkpoint], "required: DIR"),
+        ([checkpoint, target, "--force"], "unrecognized arguments: --force"),
+        ([tmp_path / "none.pt", target], "no such checkpoint"),
+        ([tmp_path / "run", target], "is a folder; name a checkpoint"),
+        ([truncated, target], "truncated, damaged or not a checkpoint"),
+        ([checkpoint, truncated], "is a file: name a folder"),
+        ([checkpoint, truncated / "below"], "cannot be written"),
+        ([checkpoint, tmp_path], "is no part of an export"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as caught:
+            run_main(lambda arguments=arguments: main([str(a) for a in arguments]))
+        assert caught.value.code == 2
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert message in err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("failing", ["save_pretrained", "replace"])
+@pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
+def test_a_full_disk_leaves_the_earlier_export_whole(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    folder = tmp_path / "exported"
+    export(checkpoint, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner = "transformers.PreTrainedModel" if failing == "save_pretrained" else "os"
+    monkeypatch.setattr(f"{owner}.{failing}", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        export(checkpoint, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_example_in_the_readme_runs_as_printed(
+    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## Megalodon as a Hugging Face model\n")[1].split("\n## ")[0]
+    command = re.findall(r"```sh\n(.*?)```", section, re.S)[0].strip()
+    code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
+    assert code.count("\n") <= 5
+    monkeypatch.chdir(tmp_path)
+    start, arguments = "python -m megalodon_enwik8.export ", shlex.split(command)[3:]
+    assert command.startswith(start)
+    write_checkpoint(Path(arguments[0]), make_tiny("megalodon"))
+    assert main(arguments) == 0
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().startswith("The history of ")
+    assert len(done.stdout.decode()) > len("The history of ") + 30
+    said = [line for line in done.stderr.decode().splitlines() if "Loading weights" not in line]
+    assert not any(said)
