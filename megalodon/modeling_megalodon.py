@@ -21,6 +21,7 @@ from .configuration_megalodon import MegalodonConfig
 from .layout import Layout, mask_labels, read_layout
 from .ops.cema import cema, cema_coefficients
 from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
+from .ops.precision import compute_dtype
 from .ops.timestep_norm import TimestepNormState, timestep_norm
 
 
@@ -66,7 +67,7 @@ class MegalodonTimestepNorm(Float32Module):
 
 
 class MegalodonRMSNorm(Float32Module):
-    """x / rms(x) * (weight + 1)."""
+    """x / rms(x) * (weight + 1), in the dtype that the next linear layer computes in."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -75,11 +76,12 @@ class MegalodonRMSNorm(Float32Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.weight + 1, self.eps).to(x.dtype)
+        y = F.rms_norm(wide, self.weight.shape, self.weight + 1, self.eps)
+        return y.to(compute_dtype(x))
 
 
 class MegalodonLayerNorm(Float32Module):
-    """Layer normalisation whose weight is stored minus one."""
+    """Layer normalisation whose weight is stored minus one; its dtype is that of RMSNorm."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -89,7 +91,7 @@ class MegalodonLayerNorm(Float32Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         y = F.layer_norm(wide, self.weight.shape, self.weight + 1, self.bias, self.eps)
-        return y.to(x.dtype)
+        return y.to(compute_dtype(x))
 
 
 class MegalodonCEMA(Float32Module):
@@ -214,7 +216,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
         q, k = self.query_key(self.wz(mx), layout.rotary)
-        v = F.silu(self.wv(x_tn)).unflatten(-1, (config.num_heads, -1))
+        v = F.silu(self.wv(x_tn.to(mx.dtype))).unflatten(-1, (config.num_heads, -1))
         a, state = chunk_attention(
             q,
             k,

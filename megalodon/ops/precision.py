@@ -1,4 +1,4 @@
-"""Keep autocast out of the operations: they choose the dtype of each product themselves."""
+"""Which dtype to compute in, and how to keep autocast out of the operations."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -21,3 +21,11 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear layer applied to x computes in: autocast's where it acts on x."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
