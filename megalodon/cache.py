@@ -1,8 +1,10 @@
 """The state of a Megalodon: fixed in size, whatever the length of the text."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -107,12 +109,101 @@ class MegalodonCache(Cache):
         """Cut the states off from the graph that made them, for truncated backpropagation."""
         return self.map(Tensor.detach)
 
+    def split(self, rows: int) -> list["MegalodonCache"]:
+        """Caches of so many rows each, the last of what remains. They share this cache's memory,
+        which is not to be used afterwards. Raises ValueError for an empty cache."""
+        if self.lengths is None:
+            raise ValueError("an empty cache has no rows to split: make new caches in its place")
+        parts = zip(*(tensor.split(rows) for tensor in self._flat()), strict=True)
+        caches = []
+        for tensors in parts:
+            caches.append(copy.copy(self))
+            caches[-1]._unflatten(tensors)
+        return caches
+
+    @staticmethod
+    def concatenate(caches: Sequence["MegalodonCache"]) -> "MegalodonCache":
+        """One cache with the rows of all. Raises ValueError where one is empty, comes from another
+        model or has seen another number of positions."""
+        first = caches[0]
+        for cache in caches:
+            if cache.lengths is None:
+                raise ValueError("an empty cache has no rows to concatenate")
+            if (cache.signature, cache.positions) != (first.signature, first.positions):
+                raise ValueError("only caches of one model at one position can be concatenated")
+        together = [torch.cat(parts) for parts in zip(*(c._flat() for c in caches), strict=True)]
+        result = copy.copy(first)
+        result._unflatten(together)
+        if any(cache.uniform_length != first.uniform_length for cache in caches):
+            result.uniform_length = None
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cache as plain numbers and tensors, which torch.load reads with weights_only=True."""
+        return {
+            "signature": dict(self.signature),
+            "positions": self.positions,
+            "uniform_length": self.uniform_length,
+            "tensors": self._flat(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> "MegalodonCache":
+        """Become what :meth:`state_dict` was taken of. Returns the cache.
+
+        Raises ValueError for the state of another model, or a damaged one.
+        """
+        try:
+            signature, tensors = state["signature"], list(state["tensors"])
+            positions, uniform_length = state["positions"], state["uniform_length"]
+        except (KeyError, TypeError) as error:
+            raise ValueError("this is not the state of a MegalodonCache") from error
+        if signature != self.signature:
+            raise ValueError(
+                f"this state is of another model: {signature}, this model has {self.signature}"
+            )
+        shapes = self._shapes()
+        if not tensors:
+            self.reset()
+            return self
+        if [getattr(t, "shape", (0,))[1:] for t in tensors] != shapes or (
+            len({t.shape[0] for t in tensors}) != 1
+        ):
+            raise ValueError("this state is damaged: its tensors have the wrong shapes")
+        self._unflatten(tensors)
+        self.positions, self.uniform_length = positions, uniform_length
+        return self
+
+    def _flat(self) -> list[Tensor]:
+        """All tensors in a fixed order: norm, CEMA and attention of each layer, the last norm."""
+        return [] if self.final_norm is None else _tensors((*self.states, self.final_norm))
+
+    def _unflatten(self, tensors: Sequence[Tensor]) -> None:
+        """The inverse of :meth:`_flat`, for at least the tensors of one row."""
+        rest = iter(tensors)
+
+        def norm() -> TimestepNormState:
+            return TimestepNormState(next(rest), next(rest), next(rest))
+
+        self.states = [
+            LayerState(norm(), next(rest), AttentionState(next(rest), next(rest)))
+            for _ in range(self.signature["num_layers"])
+        ]
+        self.final_norm = norm()
+        self.lengths = self.final_norm.steps
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of :meth:`_flat`, without the rows."""
+        c = self.signature
+        groups, heads = (c["norm_num_groups"],), c["num_heads"]
+        norm = [(), groups, groups]
+        attention = [(c["chunk_size"], heads, c[key] // heads) for key in ("z_dim", "value_dim")]
+        layer = [*norm, (c["model_dim"], c["cema_ndim"], 2), *attention]
+        return layer * c["num_layers"] + norm
+
     @property
     def nbytes(self) -> int:
         """Size of the state in bytes; the same at position ten and at ten million."""
-        if self.final_norm is None:
-            return 0
-        return sum(t.nbytes for t in _tensors((*self.states, self.final_norm)))
+        return sum(t.nbytes for t in self._flat())
 
     @property
     def batch_size(self) -> int:

@@ -37,6 +37,7 @@ class Checkpoint:
     progress: dict[str, Any]  # what the loop counts: see training.Progress
     model_state: dict[str, Any]
     optimizer_state: dict[str, Any] | None  # None: for use, not for resuming
+    carried_state: dict[str, Any] | None = None  # with carry_state: see CarriedState
 
     def experiment(self, path: str | Path) -> ExperimentConfig:
         """The config of the run; a UserError names `path`."""
@@ -103,6 +104,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "progress": (dict,),
     "model_state": (dict,),
     "optimizer_state": (dict, type(None)),
+    "carried_state": (dict, type(None)),
 }
 
 

@@ -99,6 +99,7 @@ class ExperimentConfig(BaseModel):
     data_path: Annotated[str, Field(min_length=1)] = "data/enwik8.gz"  # or `sample`, or any file
     data_bytes: Count | None = None  # read so many bytes; null: 95,000,000 of enwik8, else all
     seq_len: Count = 512
+    carry_state: bool = _megalodon(False)  # the sequences of a step go on where the last ended
 
     # Optimisation
     num_batches: Count = 1200  # training steps

@@ -194,6 +194,39 @@ def training_batch(
     return _windows(train, [_draw(count, seed, step, row) for row in rows], seq_len)
 
 
+def stream_steps(train: Bytes, *, streams: int, seq_len: int) -> int:
+    """Steps in one pass of :func:`stream_batch`. Raises UserError where there is none."""
+    steps = (len(train) - 1) // (streams * seq_len)
+    if not steps:
+        raise UserError(
+            f"carry_state=true: {streams} streams of seq_len={seq_len} need "
+            f"{streams * seq_len + 1} bytes, the training part has {len(train)}: use a smaller "
+            "seq_len, fewer sequences in a step, or more data"
+        )
+    return steps
+
+
+def stream_batch(
+    train: Bytes, *, seed: int, step: int, streams: int, seq_len: int
+) -> tuple[torch.Tensor, bool]:
+    """The rows of step `step` where `train` is read as `streams` texts side by side:
+    (streams, seq_len + 1) int64, and whether all streams begin with them.
+
+    Row i of one step goes on where row i of the step before ended, until the streams end, all at
+    once, and a new pass begins. The streams of a pass are equally long and follow each other in
+    `train`; what the division leaves over, less than streams x seq_len bytes, is left out at both
+    ends, where the pass's own draw says. A pure function of the arguments, as `training_batch` is.
+
+    Raises UserError if `train` does not fill one step.
+    """
+    steps = stream_steps(train, streams=streams, seq_len=seq_len)
+    number, place = divmod(step, steps)
+    left_over = len(train) - 1 - streams * steps * seq_len
+    first = _draw(left_over + 1, seed, number, 0) + place * seq_len
+    starts = [first + row * steps * seq_len for row in range(streams)]
+    return _windows(train, starts, seq_len), place == 0
+
+
 def validation_windows(val: Bytes, *, count: int, seq_len: int) -> torch.Tensor:
     """`count` fixed windows of `val`, evenly spaced from its first to its last: int64,
     (count, seq_len + 1). They overlap where `val` is short.

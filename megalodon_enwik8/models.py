@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.llama import build_llama
+
+if TYPE_CHECKING:
+    from megalodon import MegalodonCache, MegalodonConfig
 
 # Compiling one block takes about half a minute on two CPU cores and then saves about a quarter of
 # each step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
@@ -71,13 +75,47 @@ def _check_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | P
             )
 
 
-def summed_loss(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
+def new_state(model: PreTrainedModel) -> MegalodonCache:
+    """An empty state for a Megalodon. Raises UserError for a model without one."""
+    if not keeps_a_state(model):
+        raise UserError(
+            f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
+            "grows with every byte; give it windows of the text"
+        )
+    from megalodon import MegalodonCache
+
+    return MegalodonCache(cast("MegalodonConfig", model.config))
+
+
+def keeps_a_state(model: PreTrainedModel) -> bool:
+    """Whether what the model keeps of a text is of fixed size."""
+    return model.config.model_type == "megalodon"
+
+
+def summed_loss(
+    model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None = None
+) -> torch.Tensor:
     """Cross-entropy of rows[:, 1:] given what precedes, in nats, summed over bytes: float32 ().
 
-    rows: (B, L + 1) int64.
+    rows: (B, L + 1) int64. state: what came before rows, then brought up to date.
     """
-    logits = model(input_ids=rows[:, :-1], use_cache=False).logits  # (B, L, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+    return _loss(model, rows, state, "sum")
+
+
+def byte_losses(
+    model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None = None
+) -> torch.Tensor:
+    """As :func:`summed_loss`, of each byte: float32 (B, L)."""
+    return _loss(model, rows, state, "none").view(rows.shape[0], -1)
+
+
+def _loss(
+    model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None, reduction: str
+) -> torch.Tensor:
+    carried = {} if state is None else {"past_key_values": state}
+    output = model(input_ids=rows[:, :-1], use_cache=state is not None, **carried)
+    logits = output.logits.flatten(0, 1).float()  # (B L, V)
+    return F.cross_entropy(logits, rows[:, 1:].flatten(), reduction=reduction)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -97,7 +135,7 @@ def compile_layers(model: PreTrainedModel, config: ExperimentConfig, steps: int)
     Raises UserError where compilation is asked for and cannot work.
     """
     device = next(model.parameters()).device
-    missing = _missing_for_compile(device)
+    missing = _missing_for_compile(device) or _unfit_for_compile(config)
     if config.compile is True and missing:
         raise UserError(f"compile=true: {missing}; or set compile: false")
     if config.compile == "auto":
@@ -116,6 +154,17 @@ def compile_layers(model: PreTrainedModel, config: ExperimentConfig, steps: int)
         for layer in decoder_layers(model):
             layer.compile(dynamic=False)
     return f"{'on' if wanted else 'off'} ({why})"
+
+
+def _unfit_for_compile(config: ExperimentConfig) -> str | None:
+    """Why compiled layers would not serve this run, as an instruction."""
+    if config.model == "megalodon" and config.carry_state and config.seq_len % config.chunk_size:
+        return (
+            f"carry_state begins each step elsewhere in a chunk, for each of which all would be "
+            f"compiled anew: make seq_len={config.seq_len} a multiple of "
+            f"chunk_size={config.chunk_size}"
+        )
+    return None
 
 
 def _missing_for_compile(device: torch.device) -> str | None:

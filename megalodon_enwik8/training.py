@@ -7,20 +7,24 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from megalodon_enwik8.carried_state import CarriedState
 from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.data import (
     Corpus,
     check_length,
     load_corpus,
+    stream_batch,
+    stream_steps,
     training_batch,
     validation_windows,
 )
@@ -38,6 +42,9 @@ from megalodon_enwik8.utils import (
     derive_seed,
     peak_memory_bytes,
 )
+
+if TYPE_CHECKING:
+    from megalodon import MegalodonCache
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
 # of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
@@ -77,6 +84,8 @@ def train(
             _check_resumable(*found, config)
         corpus = load_corpus(config.data_path, config.data_bytes)
         check_length(corpus, config.seq_len)
+        if config.carry_state:
+            stream_steps(corpus.train, streams=config.sequences_per_step, seq_len=config.seq_len)
         model = build_model(config)
         model.to(device)  # type: ignore[arg-type]
         optimizer = make_optimizer(model, config)
@@ -109,8 +118,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: torch.Tensor,
     config: ExperimentConfig,
+    states: Sequence[MegalodonCache] | None = None,
 ) -> tuple[float, float]:
     """One step on `batch` (sequences, L + 1) int64, `config.batch_size` sequences at a time.
+
+    states: what came before the sequences, one cache for each micro-batch; they are brought up
+    to date, and detached.
 
     Each micro-batch runs its own backward on its share of the mean, so the gradient is that of
     the whole batch at the memory of one micro-batch. Returns the mean loss in nats per byte and
@@ -120,11 +133,15 @@ def train_step(
     device = batch.device
     tokens = batch[:, 1:].numel()
     loss = torch.zeros((), device=device)
-    for rows in batch.split(config.batch_size):
+    micro_batches = batch.split(config.batch_size)
+    for i, rows in enumerate(micro_batches):
+        state = None if states is None else states[i]
         with autocast(device, config.use_autocast):
-            share = summed_loss(model, rows) / tokens
+            share = summed_loss(model, rows, state) / tokens
         share.backward()
         loss += share.detach()
+        if state is not None:
+            state.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
     mean_loss, grad_norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
@@ -153,6 +170,9 @@ class Trainer:
         self.windows = validation_windows(
             corpus.val, count=config.val_batches, seq_len=config.seq_len
         )
+        self.carried: CarriedState | None = None
+        if config.carry_state:
+            self.carried = CarriedState(model, config.sequences_per_step, config.batch_size)
         self.step = 0  # steps done
         self.progress = Progress()
 
@@ -202,14 +222,10 @@ class Trainer:
         config, step = self.config, self.step
         began = time.perf_counter()
         torch.manual_seed(derive_seed(config.seed, step, "dropout"))
-        batch = training_batch(
-            self.corpus.train,
-            seed=config.seed,
-            step=step,
-            batch_size=config.sequences_per_step,
-            seq_len=config.seq_len,
+        batch, states = self._draw_batch()
+        loss, grad_norm = train_step(
+            self.model, self.optimizer, batch.to(self.device), config, states
         )
-        loss, grad_norm = train_step(self.model, self.optimizer, batch.to(self.device), config)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not finite:
             if config.on_nonfinite == "stop":
@@ -218,6 +234,8 @@ class Trainer:
                     f"checkpoints are good; lower learning_rate or set on_nonfinite: skip"
                 )
             self.progress.skipped_steps += 1
+            if self.carried is not None:
+                self.carried.begin()  # what made the loss infinite may be in the state by now
         seconds = time.perf_counter() - began
         self.step += 1
         self.progress.seconds += seconds
@@ -233,6 +251,29 @@ class Trainer:
             "seconds": self.progress.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
+
+    def _draw_batch(self) -> tuple[torch.Tensor, Sequence[MegalodonCache] | None]:
+        """The step's batch, and the states before it where the run carries them."""
+        config = self.config
+        if self.carried is None:
+            batch = training_batch(
+                self.corpus.train,
+                seed=config.seed,
+                step=self.step,
+                batch_size=config.sequences_per_step,
+                seq_len=config.seq_len,
+            )
+            return batch, None
+        batch, begins = stream_batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=self.step,
+            streams=config.sequences_per_step,
+            seq_len=config.seq_len,
+        )
+        if begins:
+            self.carried.begin()
+        return batch, self.carried.caches
 
     def validate(self) -> dict[str, float]:
         """The loss on the fixed windows; keeps the weights if they are the best so far."""
@@ -302,6 +343,9 @@ class Trainer:
             progress=asdict(self.progress),
             model_state=self.model.state_dict(),
             optimizer_state=self.optimizer.state_dict() if with_optimizer else None,
+            carried_state=(
+                self.carried.state_dict() if with_optimizer and self.carried is not None else None
+            ),
         )
 
     def restore(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -317,6 +361,11 @@ class Trainer:
             self.progress = Progress(**checkpoint.progress)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: its optimizer does not fit its weights: {error}") from error
+        if self.carried is not None:
+            try:
+                self.carried.load_state_dict(checkpoint.carried_state or {})
+            except ValueError as error:
+                raise UserError(f"{path}: its carried state does not fit: {error}") from error
         self.step = checkpoint.step
 
 

@@ -130,8 +130,8 @@ def nan_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the batch's loss of step 3 by nan, with its gradients."""
     counter = iter(range(1000))
 
-    def poisoned(model: Any, rows: torch.Tensor) -> torch.Tensor:
-        loss = summed_loss(model, rows)
+    def poisoned(model: Any, rows: torch.Tensor, state: None) -> torch.Tensor:
+        loss = summed_loss(model, rows, state)
         return loss * math.nan if next(counter) // 2 == 3 else loss
 
     monkeypatch.setattr(training, "summed_loss", poisoned)
