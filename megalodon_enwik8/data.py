@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,39 +64,70 @@ def load_corpus(data_path: str, data_bytes: int | None = None, *, progress: bool
     Raises UserError, one line each, for what is missing, unreadable, empty, damaged, not what
     its name says, larger than memory is risked for, or shorter than `data_bytes`.
     """
+    name, chunks = corpus_chunks(data_path, data_bytes, progress=progress)
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+    used = np.frombuffer(data, dtype=np.uint8)
+    used.flags.writeable = False
+    split = split_point(len(used))
+    return Corpus(name, used[:split], used[split:], hashlib.sha256(used.data).hexdigest())
+
+
+def split_point(size: int) -> int:
+    """How many of a corpus's bytes are for training."""
+    return size * 9 // 10
+
+
+def corpus_chunks(
+    data_path: str, data_bytes: int | None = None, *, progress: bool = True
+) -> tuple[str, Iterator[bytes]]:
+    """The name of a corpus and its bytes, piece by piece, for a text larger than the memory.
+
+    Arguments and errors are those of `load_corpus`. What can only be known at the end, as a
+    wrong checksum, is raised there: nothing is good before all has been read.
+    """
     if data_bytes is not None and data_bytes <= 0:
         raise UserError(
             f"data_bytes={data_bytes}: must be at least 1, or absent to use the default"
         )
     if data_path == SAMPLE:
-        name, data = SAMPLE, _read_sample()
+        name, chunks = SAMPLE, _sample_chunks()
     else:
         path = Path(os.path.expanduser(data_path))
         bare = path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
         if bare == ENWIK8.name:
-            name, data = ENWIK8.name, _read_enwik8(path, progress)
+            name, chunks = ENWIK8.name, _enwik8_chunks(path, progress)
             data_bytes = ENWIK8_DATA_BYTES if data_bytes is None else data_bytes
         elif path.name == SAMPLE:
             # Its figures would pass for those of the built-in sample.
             raise UserError(f"{path}: a file of this name is taken for the sample: rename it")
         else:
-            name, data = path.name, _read_any(path, data_bytes)
-    if not data:
+            name, chunks = path.name, _any_chunks(path, data_bytes)
+    return name, _first_bytes(chunks, data_path, data_bytes)
+
+
+def _first_bytes(
+    chunks: Iterator[bytes], data_path: str, data_bytes: int | None
+) -> Iterator[bytes]:
+    """The first `data_bytes` bytes of `chunks`, which are read to their end all the same."""
+    size = 0
+    for chunk in chunks:
+        used = chunk if data_bytes is None else chunk[: data_bytes - size]
+        size += len(used)
+        yield used
+    if not size:
         raise UserError(f"{data_path} is empty: name a file that holds text")
-    if data_bytes is not None and data_bytes > len(data):
+    if data_bytes is not None and size < data_bytes:
         raise UserError(
-            f"data_bytes={data_bytes}: {data_path} has {len(data)} bytes: ask for no more than that"
+            f"data_bytes={data_bytes}: {data_path} has {size} bytes: ask for no more than that"
         )
-    used = np.frombuffer(data, dtype=np.uint8, count=-1 if data_bytes is None else data_bytes)
-    used.flags.writeable = False
-    split = len(used) * 9 // 10
-    return Corpus(name, used[:split], used[split:], hashlib.sha256(used.data).hexdigest())
 
 
-def _read_enwik8(path: Path, progress: bool) -> bytearray:
+def _enwik8_chunks(path: Path, progress: bool) -> Iterator[bytes]:
     if path.suffix in ("", ".gz") and _is_absent(path):
         fetch(ENWIK8, path, progress=progress)
-    return _read_known(path, ENWIK8.size, ENWIK8.sha256, "rename it to use it as ordinary data")
+    return _known_chunks(path, ENWIK8.size, ENWIK8.sha256, "rename it to use it as ordinary data")
 
 
 def _is_absent(path: Path) -> bool:
@@ -109,7 +140,7 @@ def _is_absent(path: Path) -> bool:
     return False
 
 
-def _read_sample() -> bytearray:
+def _sample_chunks() -> Iterator[bytes]:
     # Importing gensim takes a second and more; its place on the disk is all that is needed.
     try:
         spec = importlib.util.find_spec("gensim")
@@ -125,43 +156,40 @@ def _read_sample() -> bytearray:
         raise UserError(
             f"data_path=sample: this gensim lacks {path}: pip install --force-reinstall gensim"
         )
-    return _read_known(path, SAMPLE_SIZE, SAMPLE_SHA256, "pip install --force-reinstall gensim")
+    return _known_chunks(path, SAMPLE_SIZE, SAMPLE_SHA256, "pip install --force-reinstall gensim")
 
 
-def _read_known(path: Path, size: int, sha256: str, remedy: str) -> bytearray:
+def _known_chunks(path: Path, size: int, sha256: str, remedy: str) -> Iterator[bytes]:
     """The unpacked bytes of `path`, which must have this size and SHA-256."""
-    data = bytearray()
+    found, digest = 0, hashlib.sha256()
     for chunk in unpacked_chunks(path):
-        data += chunk
-        if len(data) > size:
+        found += len(chunk)
+        if found > size:
             raise UserError(f"{path} holds more than the expected {size:,} bytes: {remedy}")
-    if len(data) != size:
-        raise UserError(f"{path} holds {len(data):,} bytes, expected {size:,}: {remedy}")
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise UserError(f"{path} has SHA-256 {found}, expected {sha256}: {remedy}")
-    return data
+        digest.update(chunk)
+        yield chunk
+    if found != size:
+        raise UserError(f"{path} holds {found:,} bytes, expected {size:,}: {remedy}")
+    if digest.hexdigest() != sha256:
+        raise UserError(f"{path} has SHA-256 {digest.hexdigest()}, expected {sha256}: {remedy}")
 
 
-def _read_any(path: Path, data_bytes: int | None) -> bytearray:
-    """The first `data_bytes` bytes of `path`, or all of them.
+def _any_chunks(path: Path, data_bytes: int | None) -> Iterator[bytes]:
+    """The bytes of `path`, at least the first `data_bytes`.
 
     A packed file is read to its end in any case, since its checksum stands there.
     """
-    raw = path.suffix not in PACKED
-    keep = sys.maxsize if data_bytes is None else data_bytes
-    data, size = bytearray(), 0
+    raw, size = path.suffix not in PACKED, 0
     for chunk in unpacked_chunks(path):
-        data += chunk[: keep - len(data)]
         size += len(chunk)
-        if raw and len(data) == keep:
+        yield chunk
+        if raw and data_bytes is not None and size >= data_bytes:
             break
         if size > MAX_UNPACKED and (data_bytes is None or not raw):
             raise UserError(
                 f"{path} holds more than {MAX_UNPACKED:,} bytes: name an unpacked file and say "
                 "with data_bytes how much of it to use"
             )
-    return data
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:
