@@ -1,5 +1,6 @@
 """Configuration of a Megalodon model."""
 
+import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -103,6 +104,9 @@ class MegalodonConfig(PreTrainedConfig):
             raise ValueError(
                 f"z_dim={self.z_dim}: z_dim / num_heads must be even, for the rotary pairs"
             )
+        for key, bound in (("norm_eps", 0), ("rope_base", 1)):
+            if not bound < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: must be greater than {bound}")
         for key in ("dropout", "attention_dropout", "hidden_dropout"):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be in [0, 1)")

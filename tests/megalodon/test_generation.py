@@ -300,6 +300,17 @@ def test_generation_goes_on_from_a_state_read_by_hand(
     assert torch.equal(output, expected[:, 5:])
 
 
+def test_a_packed_prompt_goes_on_from_its_last_document(
+    model: MegalodonForCausalLM, prompt: Tensor
+) -> None:
+    first, last = prompt[:1], prompt[1:, :5]
+    positions = torch.cat([torch.arange(first.shape[1]), torch.arange(5)])[None]
+    packed = torch.cat([first, last], dim=1)
+    output = model.generate(packed, position_ids=positions, max_new_tokens=NEW, do_sample=False)
+    alone = model.generate(last, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(output[:, first.shape[1] :], alone)
+
+
 def test_a_prompt_read_in_pieces_gives_the_same(
     model: MegalodonForCausalLM, prompt: Tensor
 ) -> None:
