@@ -21,6 +21,7 @@ from .configuration_megalodon import MegalodonConfig
 from .layout import Layout, mask_labels, read_layout
 from .ops.cema import cema, cema_coefficients
 from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
+from .ops.elementwise import rms_norm, swiglu
 from .ops.precision import compute_dtype
 from .ops.timestep_norm import TimestepNormState, timestep_norm
 
@@ -75,9 +76,7 @@ class MegalodonRMSNorm(Float32Module):
         self.weight = _zeros(config.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = F.rms_norm(wide, self.weight.shape, self.weight + 1, self.eps)
-        return y.to(compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps, compute_dtype(x))
 
 
 class MegalodonLayerNorm(Float32Module):
@@ -135,10 +134,9 @@ class MegalodonQueryKey(Float32Module):
 
     def forward(self, z: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L, Z) -> q, k (B, L, H, Z/H) in the dtype of z."""
-        heads = z.unflatten(-1, (self.num_heads, -1)).to(
-            torch.promote_types(z.dtype, torch.float32)
-        )
-        heads = heads * (heads.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        heads = z.unflatten(-1, (self.num_heads, -1))
+        wide = torch.promote_types(z.dtype, torch.float32)
+        heads = rms_norm(heads, heads.new_zeros(heads.shape[-1]), self.eps, wide)
         scale = (self.gamma + 1) / math.sqrt(heads.shape[-1])
         q, k = (
             apply_rotary(torch.addcmul(b, heads, s), rotary).to(z.dtype)
@@ -163,9 +161,7 @@ class MegalodonFFN(nn.Module):
         self.alpha = nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.w1(x))
-        if self.w3 is not None:
-            hidden = hidden * self.w3(x)
+        hidden = F.silu(self.w1(x)) if self.w3 is None else swiglu(self.w1(x), self.w3(x))
         y = self.w2(F.dropout(hidden, self.dropout, self.training))
         return y if self.alpha is None else y * self.alpha
 
@@ -202,7 +198,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
         mx, cema_state = self.cema(x_tn, cema_state, layout)
         mx = self._dropout(self.rms_norm(mx), self.config.hidden_dropout)
         a, attention_state = self._attention(x_tn, mx, attention_state, layout)
-        gated = self._dropout(a * F.silu(self.wr(mx)), self.config.hidden_dropout)
+        gated = self._dropout(swiglu(self.wr(mx), a), self.config.hidden_dropout)
         y = x + self._dropout(self.wh1(mx) + self.wh2(gated), self.config.dropout)
         out = x + self._dropout(self.ffn(self.ffn_norm(y)), self.config.dropout)
         if not layout.return_state:

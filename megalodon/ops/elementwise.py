@@ -1,0 +1,80 @@
+"""Short chains of elementwise operations whose backward keeps nothing but their inputs.
+
+PyTorch's own autograd would keep every link of the chain; over all blocks that is a large part
+of a training step's memory.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate) * value
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value, tensors of one shape and dtype."""
+    result: Tensor = _SwiGLU.apply(gate, value)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + 1) over the last axis. Arguments as rms_norm."""
+    wide = x.to(_wide(x))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight + 1)).to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    Computed in float32, or float64 where x is.
+
+    Args:
+        x: (..., D). weight: (D,), the scale minus one. eps: added to the mean square.
+        dtype: of the result.
+    """
+    result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(_wide(x))
+        rstd = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_((weight + 1).to(wide.dtype)).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        wide, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
+        normed = wide * rstd
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * (weight + 1).to(grad.dtype)
+        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+        grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
