@@ -7,8 +7,10 @@ first recognises any truncated or damaged file.
 
 from __future__ import annotations
 
+import os
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +50,15 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write aside, flush to disk, rename.
 
     Raises UserError when the disk is full or not writable (an old file at `path` stays), or
-    when a weight is not finite.
+    when a number in it is not finite.
     """
-    for name, tensor in checkpoint.model_state.items():
+    content = {name: getattr(checkpoint, name) for name in _FIELDS}
+    for name, tensor in _tensors(content):
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"step {checkpoint.step}: the weight {name} is not finite, nothing was saved; "
+                f"step {checkpoint.step}: {name} is not finite, nothing was saved; "
                 f"lower learning_rate and resume from an earlier checkpoint"
             )
-    content = {name: getattr(checkpoint, name) for name in _FIELDS}
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
@@ -65,13 +67,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Nothing in the file is executed.
 
     Raises UserError for a file that is missing, truncated, damaged, of another kind or of a
-    newer version.
+    newer version, and for one whose numbers are not finite.
     """
     try:
         _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns on its way to refusing odd files
             content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
@@ -94,6 +97,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     for name, kinds in _FIELDS.items():
         if not isinstance(values[name], kinds):
             raise UserError(f"{path}: damaged: {name} is missing or of the wrong kind")
+    if isinstance(values["step"], bool) or values["step"] < 0:
+        raise UserError(f"{path}: damaged: step is {values['step']}")
     return Checkpoint(**values)
 
 
@@ -112,6 +117,8 @@ def _check_archive(path: str | Path) -> None:
     """Raise UserError unless `path` is an undamaged zip archive of uncompressed records."""
     if Path(path).is_dir():
         raise IsADirectoryError
+    if Path(path).exists() and not Path(path).is_file():  # opening a pipe could wait for ever
+        raise UserError(f"{path}: is not a regular file; name a checkpoint")
     damaged = UserError(f"{path}: truncated, damaged or not a checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -125,3 +132,33 @@ def _check_archive(path: str | Path) -> None:
     except Exception as error:
         # zipfile raises whatever the damage leads it to: BadZipFile, struct.error, KeyError ...
         raise damaged from error
+
+
+def _check_tensors(content: Any, path: str | Path) -> None:
+    """Raise UserError unless all tensors are dense, finite, and no larger than the file."""
+    size = 0
+    for name, tensor in _tensors(content):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UserError(f"{path}: {name} is not a plain tensor: it was not loaded")
+        size += tensor.numel() * tensor.element_size()
+        # Tied weights are stored once under two names. A tensor that repeats a few numbers would
+        # make a small file ask for any amount of memory.
+        if size > 2 * os.path.getsize(path):
+            raise UserError(f"{path}: {name} claims more than the file holds: it was not loaded")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} is not finite: it was not loaded; use an earlier one")
+
+
+def _tensors(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors in nested dicts, lists and tuples, in order, with the keys that lead there."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    seen: set[int] = set()  # a container may hold itself, or one many times
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            before = f"{name}." if name else ""
+            waiting += reversed([(f"{before}{key}", item) for key, item in items])

@@ -35,6 +35,7 @@ Layers = Annotated[int, Field(ge=1, le=1000)]
 Interval = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Real = Annotated[float, BeforeValidator(_numeric_string)]
 Probability = Annotated[Real, Field(ge=0, lt=1)]
+PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, ESC rules terminals
 
 
 def _megalodon(default: Any) -> Any:
@@ -58,7 +59,7 @@ class ExperimentConfig(BaseModel):
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
-    run_dir: Annotated[str, Field(min_length=1)]  # load_config: runs/<name of the file>
+    run_dir: PathText  # load_config: runs/<name of the file>
     model: Literal["megalodon", "llama"] = "llama"
 
     # Both models
@@ -96,7 +97,7 @@ class ExperimentConfig(BaseModel):
     llama_init: Literal["transformers", "pytorch"] = _llama("transformers")
 
     # Data
-    data_path: Annotated[str, Field(min_length=1)] = "data/enwik8.gz"  # or `sample`, or any file
+    data_path: PathText = "data/enwik8.gz"  # or `sample`, or any file
     data_bytes: Count | None = None  # read so many bytes; null: 95,000,000 of enwik8, else all
     seq_len: Count = 512
     carry_state: bool = _megalodon(False)  # the sequences of a step go on where the last ended
@@ -250,8 +251,10 @@ def _remedy(key: str, error: Mapping[str, Any]) -> str:
         text = "must be a number"
     elif kind == "finite_number":
         text = "must be a finite number"
-    elif kind in ("string_type", "string_too_short"):
+    elif kind == "string_type" or (kind == "string_pattern_mismatch" and not error["input"]):
         text = "must be a text (in quotes if it looks like something else)"
+    elif kind in ("string_pattern_mismatch", "string_unicode"):
+        text = "must be a path without control characters"
     elif kind == "literal_error":
         text = "must be " + context["expected"].replace("True", "true").replace("False", "false")
         near = difflib.get_close_matches(
@@ -286,7 +289,17 @@ def _show(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key, of which YAML would silently keep the last."""
+    """SafeLoader that refuses a repeated key, of which YAML would silently keep the last, and
+    aliases, which let a short file grow without bound and have no use in a flat one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                problem=f"*{event.anchor} is an alias; write the value itself",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -310,6 +323,9 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where}: {line}{error.problem or 'not valid YAML'}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply; a config is flat") from None
+    except (LookupError, TypeError, AttributeError):
+        # What PyYAML's constructors meet such a value with.
+        raise UserError(f"{where}: not valid YAML: a value does not fit its tag") from None
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "reason", None) or str(error).partition("\n")[0]
         raise UserError(f"{where}: not valid YAML: {reason}") from None

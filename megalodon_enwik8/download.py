@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megalodon_enwik8.archives import unpacked_chunks
 from megalodon_enwik8.errors import UserError, explain_os_error
-from megalodon_enwik8.files import atomic_write, exclusive_lock
+from megalodon_enwik8.files import atomic_write, exclusive_lock, remove_leftovers
 
 _BLOCK = 1 << 16
 _LONGEST_WAIT_S = 30.0
@@ -71,6 +71,7 @@ def fetch(
     with _disk_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(_beside(target, ".lock")):
+        remove_leftovers(target.parent, target.name)
         if target.exists():
             return
         with tqdm(

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import io
 import os
+import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -51,10 +53,7 @@ def atomic_write(path: StrPath) -> Iterator[io.BufferedWriter]:
     system or a missing folder.
     """
     target = Path(os.path.realpath(path))
-    # The cut keeps the temporary name within the 255 bytes of a file name.
-    temporary = target.with_name(
-        f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}{_LEFTOVER_SUFFIX}"
-    )
+    temporary = _temporary(target)
     raw: _RawFile | None = None
     try:
         raw = _RawFile(temporary, "xb")
@@ -104,15 +103,41 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: StrPath) -> int:
-    """Remove the temporary files that killed writers left in `folder`; return how many.
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`, known as a leftover if nobody takes it away."""
+    return path.with_name(
+        f"{_prefix(path.name)}{os.getpid()}_{secrets.token_hex(4)}{_LEFTOVER_SUFFIX}"
+    )
 
-    Only for who holds the folder's lock: another process may be writing right now.
+
+def _prefix(name: str) -> str:
+    # The cut keeps the temporary name within the 255 bytes of a file name.
+    return f".{name[:40]}."
+
+
+def remove_leftovers(folder: StrPath, name: str = "") -> int:
+    """Remove what killed writers left in `folder`, of the file `name` or of all; return how many.
+
+    Only for who holds the lock of these files: another process may be writing right now.
     """
-    found = list(Path(folder).glob(f".*{_LEFTOVER_SUFFIX}"))
+    if name:
+        pattern = re.compile(rf"{re.escape(_prefix(name))}\w+{re.escape(_LEFTOVER_SUFFIX)}")
+    else:
+        pattern = re.compile(rf"\..*{re.escape(_LEFTOVER_SUFFIX)}")
+    found = [path for path in Path(folder).iterdir() if pattern.fullmatch(path.name)]
     for leftover in found:
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     return len(found)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it; whoever looks finds it whole or absent."""
+    leftover = _temporary(path)
+    path.rename(leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -127,7 +152,8 @@ def exclusive_lock(path: StrPath, *, blocking: bool = True) -> Iterator[None]:
     """
     name = os.fsdecode(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # A link in a stranger's folder could have any file overwritten.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         explained = explain_os_error(error, path)
         raise explained or UserError(

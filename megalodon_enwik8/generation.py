@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+
+from megalodon_enwik8.errors import UserError
 
 _KEPT_CONTROLS = "\n\t"
 
@@ -43,6 +45,18 @@ class ByteStreamer(BaseStreamer):
         self._write(self._decoder.decode(b"", final=True))
 
 
+class _Finite(LogitsProcessor):
+    """Stops at logits that no byte can be drawn from."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(scores.amax()):
+            raise UserError(
+                "the model's output is not finite: its weights are damaged or the training "
+                "diverged; use another checkpoint"
+            )
+        return scores
+
+
 @torch.no_grad()
 def generate_bytes(
     model: PreTrainedModel,
@@ -59,6 +73,8 @@ def generate_bytes(
 
     temperature 0 takes the likeliest byte each time. A vocabulary wider than 256 is cut to the
     bytes. Reseeds torch's generator; the model's mode is restored.
+
+    Raises UserError when the model's output is not finite.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -79,6 +95,7 @@ def generate_bytes(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=length,
             streamer=streamer,
+            logits_processor=LogitsProcessorList([_Finite()]),
             **options,
         )
     model.train(was_training)

@@ -5,10 +5,12 @@ environment.json     corpus, parameters, and versions and device of each session
 metrics.jsonl        one JSON object per training step, and one for the end
 checkpoint_*.pt      after so many steps, with the optimizer, to resume from
 best.pt  final.pt    weights to use
+replaced/            what a new start here replaces, until its own first checkpoint is due
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,9 +23,11 @@ from typing import IO, Any
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError, explain_os_error
-from megalodon_enwik8.files import atomic_write, exclusive_lock, remove_leftovers
+from megalodon_enwik8.files import atomic_write, exclusive_lock, remove_folder, remove_leftovers
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")
+_REPLACED = "replaced"
+_MOVING = ".replacing"  # becomes _REPLACED when all is in it
 NEWEST = ""  # in place of a path: the newest valid checkpoint of the folder
 
 
@@ -39,7 +43,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints to resume from, oldest first."""
-        found = {int(m[1]): p for p in self.path.iterdir() if (m := _CHECKPOINT.fullmatch(p.name))}
+        matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
+        found = {int(match[1]): path for match, path in matches if match and path.is_file()}
         return [found[step] for step in sorted(found)]
 
     def run_files(self) -> list[Path]:
@@ -83,12 +88,15 @@ class RunFolder:
         """Write what the run is, and open metrics.jsonl for the rows from `step` on.
 
         resumed: the checkpoint that the run goes on from, whose folder has the rows and sessions
-        before; None starts afresh. What an earlier run left here beyond that is removed.
+        before; None starts afresh. What an earlier run left here beyond that goes to replaced/,
+        and `forget_replaced` removes it there.
         """
         rows: list[dict[str, Any]] = []
         sessions: list[dict[str, Any]] = []
         if resumed is not None:
-            rows = [r for r in read_metrics(resumed.with_name("metrics.jsonl")) if r["step"] < step]
+            found = _parse_lines(resumed.with_name("metrics.jsonl"))
+            by_step = {row["step"]: row for row in found if row is not None}
+            rows = [by_step[i] for i in sorted(by_step) if 0 <= i < step]
             if len(rows) < step:
                 print(
                     f"{resumed.parent}: metrics.jsonl tells of {len(rows)} of the {step} steps "
@@ -96,10 +104,10 @@ class RunFolder:
                     file=sys.stderr,
                 )
             sessions = _sessions(resumed.with_name("environment.json"))
-        for path in self.run_files():
-            name = _CHECKPOINT.fullmatch(path.name)
-            if resumed is None or (name and int(name[1]) > step):
-                path.unlink()
+        if resumed is None:
+            self._set_aside(self.run_files())
+        else:
+            self._set_aside([path for path in self.checkpoints() if _step_of(path) > step])
         with atomic_write(self.file("config.yaml")) as file:
             file.write(config.to_yaml().encode())
         with atomic_write(self.file("environment.json")) as file:
@@ -110,15 +118,17 @@ class RunFolder:
         self._metrics = open(self.file("metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl. Raises UserError when the disk is full."""
         assert self._metrics is not None
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        with _disk_errors(self.file("metrics.jsonl")):
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
 
     def save(self, name: str, checkpoint: Checkpoint) -> Path:
         """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it."""
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            with _disk_errors(self.file("metrics.jsonl")):
+                os.fsync(self._metrics.fileno())
         path = self.file(name)
         save_checkpoint(path, checkpoint)
         return path
@@ -131,9 +141,42 @@ class RunFolder:
                 old.unlink()
         return path
 
+    def forget_replaced(self) -> None:
+        """Remove replaced/: the run that was started in its place is well under way."""
+        if self.file(_REPLACED).is_dir():
+            remove_folder(self.file(_REPLACED))
+
     def close(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # what could not be written has been said
+                self._metrics.close()
+
+    def holds_a_run(self) -> bool:
+        return bool(self.run_files()) or self.file(_REPLACED).exists()
+
+    def undo_unfinished_move(self) -> None:
+        """Put back what a killed process was moving to replaced/."""
+        moving = self.file(_MOVING)
+        if moving.is_dir():
+            for path in moving.iterdir():
+                path.rename(self.file(path.name))
+            moving.rmdir()
+
+    def _set_aside(self, paths: list[Path]) -> None:
+        """Move run files to replaced/, all or none of them."""
+        if not paths:
+            return
+        replaced, moving = self.file(_REPLACED), self.file(_MOVING)
+        if replaced.is_dir():
+            # The run that replaced it never got far: it is still the one to keep.
+            for path in paths:
+                path.unlink()
+            return
+        moving.mkdir()
+        for path in paths:
+            path.rename(moving / path.name)
+        moving.rename(replaced)
+        print(f"what was there is kept in {replaced} until the next checkpoint is due", flush=True)
 
 
 @contextmanager
@@ -155,7 +198,8 @@ def open_run(path: str | Path, *, may_hold_a_run: bool) -> Iterator[RunFolder]:
     with exclusive_lock(folder / ".lock", blocking=False):
         remove_leftovers(folder)
         run = RunFolder(folder)
-        if not may_hold_a_run and run.run_files():
+        run.undo_unfinished_move()
+        if not may_hold_a_run and run.holds_a_run():
             raise UserError(
                 f"{path}: holds a run already; go on with --resume, replace it with --overwrite, "
                 f"or choose another run_dir="
@@ -171,26 +215,58 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises UserError for a file that cannot be read or is damaged elsewhere.
     """
+    rows = []
+    for number, row in enumerate(_parse_lines(path), start=1):
+        if row is None:
+            raise UserError(f"{path}: line {number} is damaged")
+        rows.append(row)
+    return rows
+
+
+def _parse_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
+    """Each whole line of a metrics.jsonl, None for a damaged one; no lines if it is missing.
+
+    Raises UserError for a file that cannot be read.
+    """
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):  # opening a pipe could wait for ever
+        raise UserError(f"{path}: is not a regular file")
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # whole lines end in a newline
+    for line in text.split("\n")[:-1]:  # whole lines end in a newline
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"{path}: line {number} is damaged") from None
-    return rows
+            yield {**row, "step": int(row["step"])}
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            yield None
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk and the like into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_os_error(error, path) or UserError(
+            f"{path}: cannot be written: {error.strerror}"
+        ) from error
+
+
+def _step_of(checkpoint: Path) -> int:
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _sessions(path: Path) -> list[dict[str, Any]]:
     """The sessions that an environment.json tells of; none if it is missing or unreadable."""
+    if not path.is_file():
+        return []
     try:
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
     return sessions if isinstance(sessions, list) else []

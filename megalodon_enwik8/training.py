@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from megalodon_enwik8.evaluation import evaluate, full_validation
 from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
 from megalodon_enwik8.interrupt import StopRequest
 from megalodon_enwik8.models import build_model, compile_layers, load_weights, summed_loss
-from megalodon_enwik8.run_folder import RunFolder, open_run
+from megalodon_enwik8.run_folder import NEWEST, RunFolder, open_run
 from megalodon_enwik8.utils import (
     autocast,
     bits_per_byte,
@@ -78,7 +77,10 @@ def train(
     saved end. Raises UserError for what the user can mend.
     """
     device = choose_device()
-    with open_run(config.run_dir, may_hold_a_run=overwrite or resume is not None) as folder:
+    goes_on_here = resume is not None and (
+        resume == NEWEST or Path(resume).parent.resolve() == Path(config.run_dir).resolve()
+    )
+    with open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here) as folder:
         found = folder.find_checkpoint(resume) if resume is not None else None
         if found is not None:
             _check_resumable(*found, config)
@@ -182,36 +184,34 @@ class Trainer:
         bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=None)
         self.model.train()
         with bar, StopRequest() as stop:
-            while self.step < config.num_batches:
+            while self.step < config.num_batches and not stop.requested():
                 row: dict[str, Any] = {"step": self.step}
-                if _due(self.step, config.validate_every):
-                    row |= self.validate()
-                    _say(bar, self.validation_line(row))
-                if self.step > 0 and _due(self.step, config.generate_every):
-                    row["sample"] = self.sample()
-                    _say(bar, f"step {self.step}, a sample:\n{row['sample']}\n")
+                with stop.between_forwards(self.model):
+                    if _due(self.step, config.validate_every):
+                        row |= self.validate()
+                        _say(bar, self.validation_line(row))
+                    if self.step > 0 and _due(self.step, config.generate_every):
+                        row["sample"] = self.sample()
+                        _say(bar, f"step {self.step}, a sample:\n{row['sample']}\n")
+                if stop.requested():
+                    break  # the resumed run does what this one was about to do
                 row |= self.train_one_step()
                 self.folder.log(row)
                 bar.set_postfix_str(_progress_text(row), refresh=False)
                 bar.update()
-                if (
-                    _due(self.step, config.save_every)
-                    or self.step == config.num_batches
-                    or stop.signal_number
-                ):
-                    saved = self.folder.save_step(self.checkpoint(), config.keep_last)
-                if stop.signal_number:
-                    bar.clear()
-                    print(f"stopped after {self.step} steps, saved {saved}")
-                    self.say_how_to_resume()
-                    return 128 + stop.signal_number
-        try:
-            self.finish()
-        except KeyboardInterrupt:
-            print("stopped before the end of the final validation, all weights are saved")
+                if _due(self.step, config.save_every) or self.step == config.num_batches:
+                    self.folder.save_step(self.checkpoint(), config.keep_last)
+                    self.folder.forget_replaced()
+            bar.close()
+            if stop.requested():
+                saved = self.folder.save_step(self.checkpoint(), config.keep_last)
+                print(f"stopped after {self.step} steps, saved {saved}")
+            elif self.finish(stop):
+                return 0
+            else:
+                print("stopped before the end of the final validation, all weights are saved")
             self.say_how_to_resume()
-            return 128 + signal.SIGINT
-        return 0
+            return 128 + stop.signal_number
 
     def say_how_to_resume(self) -> None:
         config = shlex.quote(str(self.folder.file("config.yaml")))
@@ -308,24 +308,33 @@ class Trainer:
         )
         return PrintableDecoder().decode(prompt + made, final=True)
 
-    def finish(self) -> None:
-        """Save final.pt, validate on the windows and the whole split, and show a sample."""
+    def finish(self, stop: StopRequest) -> bool:
+        """Save final.pt, validate on the windows and the whole split, and show a sample.
+
+        Returns whether all was done before a signal came.
+        """
         config = self.config
         self.folder.save("final.pt", self.checkpoint(with_optimizer=False))
-        row: dict[str, Any] = {"step": self.step, **self.validate()}
-        print(self.validation_line(row), flush=True)
-        if config.full_validation:
-            loss = full_validation(
-                self.model,
-                self.corpus.val,
-                seq_len=config.seq_len,
-                use_autocast=config.use_autocast,
-            )
-            row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
-            print(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC", flush=True)
-        if config.generate_every:
-            row["sample"] = self.sample()
-            print(f"step {self.step}, a sample:\n{row['sample']}\n")
+        row: dict[str, Any] = {"step": self.step}
+        done = False
+        with stop.between_forwards(self.model):
+            row |= self.validate()
+            print(self.validation_line(row), flush=True)
+            if config.full_validation:
+                loss = full_validation(
+                    self.model,
+                    self.corpus.val,
+                    seq_len=config.seq_len,
+                    use_autocast=config.use_autocast,
+                )
+                row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
+                print(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
+            if config.generate_every:
+                row["sample"] = self.sample()
+                print(f"step {self.step}, a sample:\n{row['sample']}\n")
+            done = True
+        if not done:
+            return False
         row |= {
             "tokens": self.step * config.tokens_per_step,
             "seconds": self.progress.seconds,
@@ -334,6 +343,7 @@ class Trainer:
         }
         self.folder.log(row)
         print(f"final weights: {self.folder.file('final.pt')}", flush=True)
+        return True
 
     def checkpoint(self, *, with_optimizer: bool = True) -> Checkpoint:
         return Checkpoint(
@@ -357,16 +367,49 @@ class Trainer:
             )
         load_weights(self.model, checkpoint, path)
         try:
-            self.optimizer.load_state_dict(checkpoint.optimizer_state or {})
-            self.progress = Progress(**checkpoint.progress)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: its optimizer does not fit its weights: {error}") from error
+            _load_optimizer(self.optimizer, checkpoint.optimizer_state or {})
+            self.progress = _read_progress(checkpoint.progress)
+        except ValueError as error:
+            raise UserError(f"{path}: damaged: {error}") from error
         if self.carried is not None:
             try:
                 self.carried.load_state_dict(checkpoint.carried_state or {})
-            except ValueError as error:
+            except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                 raise UserError(f"{path}: its carried state does not fit: {error}") from error
         self.step = checkpoint.step
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over the moments of a saved Adam; its settings are those of this run's config.
+
+    Raises ValueError for moments that do not fit the parameters.
+    """
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = state.get("state")
+    if not isinstance(saved, dict):
+        raise ValueError("the optimizer has no state")
+    for index, moments in saved.items():
+        if type(index) is not int or not 0 <= index < len(parameters):
+            raise ValueError("the optimizer has the state of another model")
+        shape = parameters[index].shape
+        wanted = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
+        if not isinstance(moments, dict) or wanted != {
+            name: isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape
+            for name, value in moments.items()
+        }:
+            raise ValueError(f"the optimizer's state of parameter {index} does not fit it")
+    optimizer.load_state_dict({"state": saved, "param_groups": own["param_groups"]})
+
+
+def _read_progress(saved: dict[str, Any]) -> Progress:
+    """Raises ValueError unless `saved` holds the numbers of a Progress."""
+    kinds = {"seconds": (int, float), "skipped_steps": (int,), "best_val_loss": (int, float)}
+    if saved.keys() != kinds.keys() or not all(
+        isinstance(saved[name], kind) for name, kind in kinds.items()
+    ):
+        raise ValueError("the counts of its progress are missing or of the wrong kind")
+    return Progress(**saved)
 
 
 def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig) -> None:

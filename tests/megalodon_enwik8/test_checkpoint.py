@@ -137,6 +137,8 @@ def test_a_compressed_archive_is_not_unpacked(saved: bytes, tmp_path: Path) -> N
         ({"format": module.FORMAT, "version": 99}, "written in format 99, this program reads up"),
         ({"format": module.FORMAT, "version": 1}, "damaged: config is missing"),
         ({**vars(EXAMPLE), "format": module.FORMAT, "version": 1, "step": "3"}, "step is missing"),
+        ({**vars(EXAMPLE), "format": module.FORMAT, "version": 1, "step": -1}, "step is -1"),
+        ({**vars(EXAMPLE), "format": module.FORMAT, "version": 1, "step": True}, "step is True"),
     ],
 )
 def test_other_content_is_named(tmp_path: Path, content: Any, line: str) -> None:
@@ -155,12 +157,51 @@ def test_missing_file_folder_and_plain_pickle_are_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_weight_that_is_not_finite_is_named_and_nothing_written(tmp_path: Path) -> None:
-    for value in (torch.nan, torch.inf):
-        bad = replace(EXAMPLE, model_state={"weight": torch.tensor([1.0, value])})
-        with pytest.raises(UserError, match="step 3: the weight weight is not finite"):
-            save_checkpoint(tmp_path / "x.pt", bad)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_is_named_and_neither_saved_nor_loaded(
+    tmp_path: Path, value: float
+) -> None:
+    bad = torch.tensor([1.0, value])
+    path = tmp_path / "x.pt"
+    for changes, name in (
+        ({"model_state": {"weight": bad}}, "model_state.weight"),
+        ({"optimizer_state": {"state": {0: {"exp_avg": bad}}}}, "optimizer_state.state.0.exp_avg"),
+        ({"carried_state": {"tensors": [torch.ones(1), bad]}}, "carried_state.tensors.1"),
+    ):
+        with pytest.raises(UserError, match=f"^step 3: {name} is not finite, nothing was saved"):
+            save_checkpoint(path, replace(EXAMPLE, **changes))
+        assert list(tmp_path.iterdir()) == []
+        torch.save({"format": module.FORMAT, "version": 1, **vars(EXAMPLE), **changes}, path)
+        with pytest.raises(UserError, match=f"x.pt: {name} is not finite: it was not loaded"):
+            load_checkpoint(path)
+        path.unlink()
+
+
+def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is not a regular file; name a checkpoint"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "line"),
+    [
+        (torch.ones(1).expand(10**6, 10**6), "claims more than the file holds"),
+        (torch.ones(3, device="meta"), "is not a plain tensor"),
+        (torch.ones(3).to_sparse(), "is not a plain tensor"),
+    ],
+    ids=["expanded", "meta", "sparse"],
+)
+def test_a_tensor_that_is_not_what_the_file_holds_is_refused(
+    tmp_path: Path, tensor: torch.Tensor, line: str
+) -> None:
+    changes = {"model_state": {"weight": tensor}}
+    torch.save(
+        {"format": module.FORMAT, "version": 1, **vars(EXAMPLE), **changes}, tmp_path / "x.pt"
+    )
+    with pytest.raises(UserError, match=f"x.pt: model_state.weight {line}"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("written", [0, 1000])

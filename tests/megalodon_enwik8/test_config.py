@@ -92,6 +92,9 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("keep_last: 0", "x.yaml: keep_last=0: must be >= 1"),
         ("keep_last: all", "x.yaml: keep_last=all: must be a whole number or null"),
         ("run_dir: ''", "must be a text (in quotes if it looks like something else)"),
+        ('run_dir: "a\\0b"', "must be a path without control characters"),
+        ('data_path: "\\e[2J"', "must be a path without control characters"),
+        ('run_dir: "\\ud800"', "must be a path without control characters"),
         ("data_path: 8", "must be a text (in quotes if it looks like something else)"),
         ("num_tokens: 255", "x.yaml: num_tokens=255: must be >= 256"),
         ("use_autocast: float16", "autocast is to bfloat16, float16 overflows"),
@@ -109,6 +112,12 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("- 1", "x.yaml: must hold `key: value` lines, not a list"),
         ("just words", "x.yaml: must hold `key: value` lines, not a str"),
         ("seed: !!python/object/apply:os.getpid []", "could not determine a constructor"),
+        ("seed: !!timestamp x", "x.yaml: not valid YAML: a value does not fit its tag"),
+        ("seed: !!bool x", "x.yaml: not valid YAML: a value does not fit its tag"),
+        ("seed: !!int ''", "x.yaml: not valid YAML: a value does not fit its tag"),
+        ("!!map [1]", "x.yaml: not valid YAML: a value does not fit its tag"),
+        ("seed: &a 1\ndim: *a", "x.yaml: line 2: *a is an alias; write the value itself"),
+        ("seed: " + "9" * 5000, "x.yaml: not valid YAML"),
         ("? [1]\n: 2", "x.yaml: line 1: "),
         (b"seed: \xff", "x.yaml: not valid YAML"),
         ("seed: \x07", "x.yaml: not valid YAML"),
@@ -162,9 +171,10 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         load_config("nul\0byte.yaml")
 
 
-def test_an_alias_bomb_is_refused_in_a_short_line(refuse: Any) -> None:
-    levels = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
-    assert len(refuse("a0: &a0 [x]\n" + levels + "seed: *a29")) < 200
+@pytest.mark.parametrize("bomb", ["a{n}: &a{n} [{nine}]", "a{n}: &a{n} {{<<: [{nine}]}}"])
+def test_a_file_that_grows_without_bound_is_refused_in_a_short_line(refuse: Any, bomb: str) -> None:
+    levels = (bomb.format(n=n, nine=", ".join([f"*a{n - 1}"] * 9)) for n in range(1, 30))
+    assert len(refuse("\n".join(["a0: &a0 {x: 1}", *levels]))) < 200
 
 
 def attempt(load: Callable[[], ExperimentConfig]) -> ExperimentConfig | str:
@@ -211,13 +221,17 @@ def test_any_file_is_a_config_or_one_line(
     assert not isinstance(outcome, str) or "\n" not in outcome
 
 
+def paths(max_size: int) -> st.SearchStrategy[str]:
+    return st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=max_size)
+
+
 valid = st.fixed_dictionaries(
-    {"run_dir": st.text(min_size=1, max_size=9)},
+    {"run_dir": paths(9)},
     optional={
         "seed": st.integers(0, 2**63 - 1),
         "learning_rate": st.floats(1e-9, 1e3),
         "compile": st.sampled_from([True, False, "auto"]),
-        "data_path": st.text(min_size=1, max_size=20),
+        "data_path": paths(20),
         "keep_last": st.one_of(st.none(), st.integers(1, 9)),
         "use_autocast": st.booleans(),
     },

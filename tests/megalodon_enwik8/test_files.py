@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from megalodon_enwik8.errors import UserError, explain_os_error, run_main
-from megalodon_enwik8.files import atomic_write, exclusive_lock, remove_leftovers
+from megalodon_enwik8.files import atomic_write, exclusive_lock, remove_folder, remove_leftovers
 
 
 def python(code: str, **kwargs: object) -> subprocess.Popen[str]:
@@ -146,6 +147,33 @@ def test_killed_writer_leaves_the_old_file_and_a_removable_leftover(tmp_path: Pa
     assert len(os.listdir(tmp_path)) == 2
     assert remove_leftovers(tmp_path) == 1
     assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_leftovers_of_one_file_are_told_from_those_of_another(tmp_path: Path) -> None:
+    for name in ("enwik8", "enwik8.gz"):
+        code = f"""
+            import os
+            from megalodon_enwik8.files import atomic_write
+            with atomic_write({str(tmp_path / name)!r}) as file:
+                os._exit(1)
+            """
+        python(code).communicate()
+    assert len(os.listdir(tmp_path)) == 2
+    assert remove_leftovers(tmp_path, "enwik8") == 1
+    assert os.listdir(tmp_path)[0].startswith(".enwik8.gz.")
+
+
+def test_a_folder_whose_removal_was_cut_off_is_a_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        remove_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    assert remove_leftovers(tmp_path) == 1
+    assert os.listdir(tmp_path) == []
 
 
 HOLDER = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -18,6 +20,7 @@ from megalodon_enwik8 import run_folder, training
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.evaluation import full_validation
 from megalodon_enwik8.files import exclusive_lock
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.training import FREE_ON_RESUME, train
@@ -41,6 +44,14 @@ def assert_same_ending(one: ExperimentConfig, other: ExperimentConfig) -> None:
     assert list(weights) == list(other_weights)
     for name, weight in weights.items():
         assert torch.equal(weight, other_weights[name]), name
+
+
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As a shell starts a program; behind `&` in a script SIGINT would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Crash(Exception):
@@ -136,7 +147,7 @@ def kill_at_random_moments(make_tiny: Any, processes: Any, tmp_path: Path, kills
 def test_kill_9_at_a_random_moment_changes_nothing_of_the_ending(
     make_tiny: Any, processes: Any, tmp_path: Path
 ) -> None:
-    kill_at_random_moments(make_tiny, processes, tmp_path, kills=2)
+    kill_at_random_moments(make_tiny, processes, tmp_path, kills=1)
 
 
 @pytest.mark.slow
@@ -164,7 +175,10 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
     return arrange
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize("step", [0, 2, 5])
 def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
     make_tiny: Any,
@@ -192,11 +206,16 @@ def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
     assert_same_ending(config, whole)
 
 
+def train_in_the_foreground(config: ExperimentConfig) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train(config)
+
+
 def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(
     make_tiny: Any, processes: Any
 ) -> None:
     config = make_tiny("llama", num_batches=100_000, batch_size=200, seq_len=200, save_every=1)
-    process = processes.Process(target=train, args=(config,))
+    process = processes.Process(target=train_in_the_foreground, args=(config,))
     process.start()
     folder = RunFolder(Path(config.run_dir))
     deadline = time.monotonic() + 60
@@ -210,6 +229,86 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(
     assert process.exitcode in (-signal.SIGINT, 0)
     for path in folder.checkpoints():
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("phase", ["evaluate", "generate_bytes"])
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_signal_in_a_validation_or_a_sample_ends_it_and_loses_nothing(
+    make_tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    phase: str,
+    call: int,
+) -> None:
+    options = {"generate_every": 2, "keep_best": True}
+    whole = make_tiny("llama", **options)
+    assert train(whole) == 0
+    config = make_tiny("llama", **options, run_dir=str(tmp_path / "stopped"))
+    work, calls, ended = getattr(training, phase), [0], []
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        if calls[0] == call:
+            signal.raise_signal(number)
+        calls[0] += 1
+        result = work(*arguments, **keywords)
+        ended.append(calls[0])
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, phase, signalled)
+        assert train(config) == code
+    assert len(ended) == call  # the one that the signal met was not ended
+    assert "--resume" in capsys.readouterr().out
+    step = {"evaluate": (0, 2), "generate_bytes": (2, 4)}[phase][call]
+    assert RunFolder(Path(config.run_dir)).checkpoints()[-1].name == f"checkpoint_{step:08d}.pt"
+    assert train(config, resume=NEWEST) == 0
+    assert_same_ending(config, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_while_a_checkpoint_is_written_waits_until_it_is(
+    make_tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    whole = make_tiny("llama")
+    assert train(whole) == 0
+    config = make_tiny("llama", run_dir=str(tmp_path / "stopped"))
+    save, unsent = torch.save, [number]
+
+    def signalled(content: Any, file: Any) -> None:
+        buffer = io.BytesIO()
+        save(content, buffer)
+        file.write(buffer.getvalue()[:1000])
+        while unsent:
+            signal.raise_signal(unsent.pop())
+        file.write(buffer.getvalue()[1000:])
+
+    def nobody_reads(*arguments: Any) -> int:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", signalled)
+        patch.setattr(os, "write", nobody_reads)
+        assert train(config) == code
+    assert RunFolder(Path(config.run_dir)).checkpoints()[-1].name == "checkpoint_00000002.pt"
+    assert train(config, resume=NEWEST) == 0
+    assert_same_ending(config, whole)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(
+    make_tiny: Any, signal_in_step: Any
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal_in_step(2, signal.SIGINT)
+    assert train(make_tiny("llama")) == 0
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_line(
@@ -256,31 +355,46 @@ def test_resuming_may_split_the_batch_another_way(make_tiny: Any, tmp_path: Path
         torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"step": 0}\n',
+        b'{"step": 0}\n{"st\n',
+        b'{"step": 0}\n{"step": 0}\n\x00\x00\xff\n{"step": Infinity}\n' + b"[" * 10**5 + b"\n",
+    ],
+)
 def test_lost_metrics_are_said_and_do_not_stop_the_run(
-    make_tiny: Any, capsys: pytest.CaptureFixture[str]
+    make_tiny: Any, capsys: pytest.CaptureFixture[str], damaged: bytes
 ) -> None:
     config = make_tiny("llama")
     assert train(config) == 0
     metrics = Path(config.run_dir) / "metrics.jsonl"
-    metrics.write_text('{"step": 0}\n')
+    metrics.write_bytes(damaged)
     assert train(config, resume=NEWEST) == 0
     assert "tells of 1 of the 6 steps before" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(metrics)] == [0, 6]
 
 
-def test_ctrl_c_in_the_final_validation_loses_nothing(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_in_the_final_validation_ends_it_and_loses_nothing(
+    make_tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
 ) -> None:
     config = make_tiny("llama", full_validation=True)
     with monkeypatch.context() as patch:
 
         def interrupted(*arguments: Any, **options: Any) -> float:
-            signal.raise_signal(signal.SIGINT)
-            return 0.0
+            signal.raise_signal(number)
+            return full_validation(*arguments, **options)
 
         patch.setattr(training, "full_validation", interrupted)
-        assert train(config) == 130
-    assert "--resume" in capsys.readouterr().out
+        assert train(config) == code
+    out = capsys.readouterr().out
+    assert "stopped before the end of the final validation" in out
+    assert "--resume" in out
     assert train(config, resume=NEWEST) == 0
     assert [row["step"] for row in ending(config)[0]] == list(range(7))
 
@@ -348,6 +462,117 @@ def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> Non
     ]
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_a_run_is_replaced_only_when_the_new_one_has_saved_what_was_due(
+    make_tiny: Any, crash_in_step: Any, signal_in_step: Any, tmp_path: Path
+) -> None:
+    config = make_tiny("llama", keep_best=True)
+    folder = Path(config.run_dir)
+    assert train(config) == 0
+    old = files_of(folder)
+    shorter = make_tiny("llama", num_batches=4, seed=8)
+    for arrange in (lambda: crash_in_step(1), lambda: signal_in_step(0, signal.SIGTERM)):
+        arrange()  # the second of them leaves a checkpoint that was not due
+        with contextlib.suppress(Crash):
+            assert train(shorter, overwrite=True) == 143
+        assert files_of(folder / "replaced") == old
+        with pytest.raises(UserError, match="holds a run already"):
+            train(shorter)
+    assert train(shorter, resume=NEWEST) == 0
+    assert not (folder / "replaced").exists()
+    whole = make_tiny("llama", num_batches=4, seed=8, run_dir=str(tmp_path / "whole"))
+    assert train(whole) == 0
+    assert_same_ending(shorter, whole)
+
+
+def test_a_move_cut_off_anywhere_is_undone_at_the_next_start(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_tiny("llama")
+    folder = Path(config.run_dir)
+    assert train(config) == 0
+    old = files_of(folder)
+    rename = Path.rename
+    for moves in range(len(old) + 1):
+        left = [moves]
+
+        def crashing(self: Path, target: Path, left: list[int] = left) -> Path:
+            if not left[0]:
+                raise Crash
+            left[0] -= 1
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", crashing)
+            with pytest.raises(Crash):
+                train(config, overwrite=True)
+        with pytest.raises(UserError, match="holds a run already"):
+            train(config)
+        assert files_of(folder) == old
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_later_ones_until_one_is_due(
+    make_tiny: Any, crash_in_step: Any
+) -> None:
+    config = make_tiny("llama")
+    folder = RunFolder(Path(config.run_dir))
+    assert train(config) == 0
+    crash_in_step(2)
+    with pytest.raises(Crash):
+        train(config, resume=folder.file("checkpoint_00000002.pt"))
+    assert sorted(path.name for path in folder.file("replaced").iterdir()) == [
+        "checkpoint_00000004.pt",
+        "checkpoint_00000006.pt",
+    ]
+    assert train(config, resume=NEWEST) == 0
+    assert len(folder.checkpoints()) == 3
+    assert not folder.file("replaced").exists()
+
+
+def test_a_checkpoint_of_another_folder_does_not_replace_the_run_that_is_here(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    here, other = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "other"))
+    assert train(here) == train(other) == 0
+    before = files_of(Path(here.run_dir))
+    with pytest.raises(UserError, match=r"holds a run already; .* or choose another run_dir="):
+        train(here, resume=Path(other.run_dir) / "checkpoint_00000002.pt")
+    assert files_of(Path(here.run_dir)) == before
+
+
+def resume_and_report(config: ExperimentConfig, outcomes: Any) -> None:
+    try:
+        outcomes.put(train(config, resume=NEWEST))
+    except UserError as error:
+        outcomes.put(str(error))
+
+
+def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(
+    make_tiny: Any, processes: Any, tmp_path: Path
+) -> None:
+    options = {"num_batches": 120, "validate_every": 0, "save_every": 40}
+    whole = make_tiny("llama", **options)
+    assert train(whole) == 0
+    half = make_tiny("llama", **{**options, "num_batches": 40}, run_dir=str(tmp_path / "shared"))
+    assert train(half) == 0
+    config = make_tiny("llama", **options, run_dir=half.run_dir)
+    outcomes = processes.Queue()
+    both = [processes.Process(target=resume_and_report, args=(config, outcomes)) for _ in range(2)]
+    for process in both:
+        process.start()
+    results = [outcomes.get(timeout=60) for _ in both]
+    for process in both:
+        process.join()
+    assert 0 in results
+    results.remove(0)
+    # The second may have come when the first was done, which leaves nothing to do.
+    assert results[0] == 0 or ".lock is held by process" in results[0]
+    assert_same_ending(config, whole)
+
+
 def test_two_processes_cannot_share_a_folder(make_tiny: Any) -> None:
     config = make_tiny("llama")
     Path(config.run_dir).mkdir()
@@ -363,6 +588,30 @@ def test_a_folder_that_cannot_be_made_is_named(make_tiny: Any, tmp_path: Path) -
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=r"run_dir=.*: is or goes through a file; name a fol"):
             train(make_tiny("llama", run_dir=str(path)))
+
+
+def test_a_folder_behind_a_link_is_used_and_a_link_to_nothing_is_named(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    assert train(make_tiny("llama", run_dir=str(tmp_path / "link"))) == 0
+    assert (tmp_path / "disk" / "final.pt").exists()
+    with pytest.raises(UserError, match=r"run_dir=.*broken: is or goes through a file"):
+        train(make_tiny("llama", run_dir=str(tmp_path / "broken")))
+
+
+def test_a_link_in_place_of_the_lock_leaves_its_target_alone(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    config = make_tiny("llama")
+    Path(config.run_dir).mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (Path(config.run_dir) / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot create the lock file"):
+        train(config)
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_final_weights_are_not_replaced_when_their_checkpoints_are_gone(make_tiny: Any) -> None:
