@@ -26,7 +26,9 @@ def check_can_draw(path: str | Path) -> None:
 
 def save_picture(figure: Figure, path: str | Path) -> None:
     """Write a figure, whole or not at all, with nothing in it that changes from day to day."""
+    import matplotlib
+
     kind = Path(path).suffix.removeprefix(".")
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with atomic_write(path) as file:
+    with matplotlib.rc_context({"svg.hashsalt": ""}), atomic_write(path) as file:
         figure.savefig(file, format=kind, metadata=dates.get(kind), bbox_inches="tight", dpi=150)

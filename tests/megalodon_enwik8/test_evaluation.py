@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +15,14 @@ import pytest
 import torch
 
 from megalodon_enwik8 import evaluation
-from megalodon_enwik8.evaluation import evaluate, full_validation
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.errors import run_main
+from megalodon_enwik8.evaluation import evaluate, full_validation, main
 from megalodon_enwik8.models import build_model, summed_loss
+from megalodon_enwik8.run_folder import read_metrics
+from megalodon_enwik8.training import train
+
+from .conftest import TINY
 
 
 @pytest.fixture
@@ -50,3 +62,155 @@ def test_full_validation_predicts_each_byte_but_the_first_once(model: Any, lengt
             total += summed_loss(model, piece[None]).item()
     loss = full_validation(model, text, seq_len=24, use_autocast=False)
     assert loss == pytest.approx(total / (length - 1))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, Path]:
+    """Weights of either model after one step."""
+    paths = {}
+    for name, sizes in TINY.items():
+        folder = tmp_path_factory.mktemp(name)
+        config = ExperimentConfig(
+            model=name,
+            run_dir=str(folder),
+            data_path=str(text_file),
+            seq_len=24,
+            num_batches=1,
+            grad_accum_every=1,
+            compile=False,
+            use_autocast=False,
+            full_validation=True,
+            **sizes,
+        )
+        assert train(config) == 0
+        paths[name] = folder / "final.pt"
+    return paths
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: main([str(argument) for argument in arguments]))
+    return int(caught.value.code or 0)
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that the program says on its way out with code 2."""
+    capfd.readouterr()
+    assert run(*arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("name", ["llama", "megalodon"])
+def test_without_options_the_figure_is_that_of_the_training(
+    trained: dict[str, Path], name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = trained[name]
+    assert run(path) == 0
+    rows = read_metrics(path.with_name("metrics.jsonl"))
+    result = json.loads(path.with_name("final-words.txt-val-context24-stride24.json").read_text())
+    assert result["loss"] == pytest.approx(rows[-1]["full_val_loss"], rel=1e-6)
+    assert result["bpc"] == pytest.approx(result["loss"] / math.log(2))
+    assert result["predicted"] == sum(row["predicted"] for row in result["by_distance"]) == 1999
+    assert (result["trained_on_this_corpus"], result["split"]) == (True, "val")
+    assert f"{result['bpc']:.4f} BPC" in capfd.readouterr().out
+
+
+def test_figures_and_picture_go_where_they_are_asked_to(
+    trained: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"another text " * 100)
+    windows, stream, picture = tmp_path / "w.json", tmp_path / "s.json", tmp_path / "p.svg"
+    text = ("--data-path", other, "--data-bytes", 1000, "--split", "train")
+    assert run(trained["llama"], "--context", 100, "--stride", 10, *text, "--out", windows) == 0
+    options = ("--stream", "--streams", 4, "--segment", 9, "--picture", picture)
+    assert run(trained["megalodon"], *options, *text, "--out", stream, "--beside", windows) == 0
+    assert "state of a stream: 2," in capfd.readouterr().out
+    for path in (windows, stream):
+        result = json.loads(path.read_text())
+        assert (result["corpus"], result["predicted"]) == ("other.txt", 899)
+        assert result["trained_on_this_corpus"] is False
+    assert json.loads(stream.read_text())["reading"] == {"streams": 4, "segment": 9}
+    drawing = picture.read_text()
+    assert "<svg" in drawing
+    assert run(trained["megalodon"], *options, *text, "--out", stream, "--beside", windows) == 0
+    assert picture.read_text() == drawing
+
+
+def test_the_split_is_the_one_asked_for_and_another_text_is_said(
+    trained: dict[str, Path], text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(trained["megalodon"], "--split", "train", "--stream") == 0
+    out, err = capfd.readouterr()
+    assert "17,999 bytes predicted" in out
+    assert "is not the text" not in err
+    before = text_file.read_bytes()
+    try:
+        text_file.write_bytes(before[::-1])
+        assert run(trained["megalodon"]) == 0
+    finally:
+        text_file.write_bytes(before)
+    assert "words.txt is not the text that" in capfd.readouterr().err
+
+
+def test_what_the_evaluation_refuses_is_one_line(
+    trained: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "two").write_bytes(b"abcdefghij")
+    megalodon, llama = trained["megalodon"], trained["llama"]
+    cases: dict[tuple[object, ...], str] = {
+        (): "the following arguments are required: checkpoint",
+        (tmp_path / "none.pt",): "none.pt: no such checkpoint",
+        (llama, "--context", 0): "argument --context: '0' is not a whole number >= 1",
+        (llama, "--context", 2000): "--context 2000: the val split of words.txt has 2000 bytes and "
+        "needs 2001: use a smaller number, the other split or more data",
+        (llama, "--context", 9, "--stride", 10): "--stride 10: must be at most --context 9",
+        (llama, "--stream"): "holds a llama, whose memory of the text grows with every byte, where "
+        "a stream needs a state of fixed size; use --context N, and --stride S",
+        (megalodon, "--stream", "--context", 9): "--stream has no --context and no --stride",
+        (megalodon, "--segment", 9): "--streams and --segment are for --stream: add it",
+        (megalodon, "--stream", "--streams", 2000): "--streams 2000: the val split of words.txt "
+        "has 2000 bytes and needs 2001",
+        (megalodon, "--stream", "--streams", 0): "'0' is not a whole number >= 1",
+        (megalodon, "--data-path", tmp_path / "two"): "val split of two has 1 bytes and needs 25",
+        (megalodon, "--data-path", tmp_path / "no"): "no: no such file",
+        (megalodon, "--data-bytes", 9): "--data-bytes is for --data-path",
+        (megalodon, "--picture", "x.bmp"): "x.bmp: a picture's name must end in .png, .svg, .pdf",
+        (megalodon, "--beside", "x"): "--beside is for --picture",
+        (megalodon, "--picture", "x.png", "--beside", tmp_path / "no"): "cannot be read: No such",
+        (
+            megalodon, "--picture", "x.png", "--beside", tmp_path / "none.json",
+        ): "none.json: holds no figures of this program",
+    }  # fmt: skip
+    for arguments, line in cases.items():
+        assert line in refused(capfd, *arguments), arguments
+    assert run(megalodon, "--out", tmp_path / "no" / "x.json") == 2
+    assert "there is no folder" in capfd.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert 'drawing needs matplotlib: pip install -e ".[report]"' in refused(
+        capfd, megalodon, "--picture", "x.png"
+    )
+
+
+@pytest.mark.slow  # reads 11 MB
+def test_streaming_takes_the_same_memory_for_ten_times_the_text(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    peaks = []
+    for size in (1_000_000, 10_000_000):
+        path, out = tmp_path / "text", tmp_path / "out.json"
+        path.write_bytes(np.random.default_rng(7).bytes(size))
+        options = ["--stream", "--streams", "64", "--split", "train", "--out", out]
+        command = [sys.executable, "-m", "megalodon_enwik8.evaluation", trained["megalodon"]]
+        command += [*options, "--data-path", path]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+        peaks.append(json.loads(out.read_text())["peak_memory_bytes"])
+    assert peaks[1] < 1.05 * peaks[0]
