@@ -1,0 +1,203 @@
+"""Long texts: any cut gives the same, the state stays right and small, decoding never ends."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalodon import MegalodonCache, MegalodonForCausalLM, modeling_megalodon
+from megalodon.ops.cema import cema_reference
+from megalodon.ops.timestep_norm import timestep_norm_reference
+
+from .models import CHUNK, tiny_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_text(length: int, rows: int = 1) -> Tensor:
+    return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def stream(
+    model: MegalodonForCausalLM, text: Tensor, pieces: list[int]
+) -> tuple[Tensor, MegalodonCache]:
+    """The logits of the last 16 tokens, which the last piece holds, and the state after them."""
+    cache = MegalodonCache(model.config)
+    for piece in text.split(pieces, dim=1):
+        logits = model(piece, past_key_values=cache, logits_to_keep=16).logits
+    return logits, cache
+
+
+def cut(length: int, size: int) -> list[int]:
+    """Pieces of one size; the last takes what is left, and at least 16 tokens."""
+    count = (length - 16) // size
+    return [size] * count + [length - count * size]
+
+
+def test_any_cut_of_a_long_text_gives_the_same_logits() -> None:
+    model, text = tiny_model(), make_text(30_000)
+    whole, _ = stream(model, text, [30_000])
+    odd = [1, 2, CHUNK, 31, 32, 33, 4095, 4096, 5000]
+    for pieces in (cut(30_000, 10_000), cut(30_000, 777), [*odd, 30_000 - sum(odd)]):
+        logits, cache = stream(model, text, pieces)
+        assert cache.positions == 30_000
+        # float32, over 30,000 tokens: two ways of summing the same numbers.
+        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
+
+
+def test_the_state_of_a_long_prefill_is_that_of_feeding_token_by_token() -> None:
+    model, text = tiny_model(), make_text(1003, rows=2)
+    _, prefilled = stream(model, text, [1003])
+    _, fed = stream(model, text, [1] * 1003)
+    assert prefilled.positions == fed.positions == 1003
+    assert prefilled.uniform_length == fed.uniform_length
+    filled = 1003 % CHUNK
+    for one, other in zip(prefilled.states, fed.states, strict=True):
+        torch.testing.assert_close(one.norm, other.norm, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one.cema, other.cema, rtol=0, atol=1e-5)
+        for kept, read in zip(one.attention, other.attention, strict=True):
+            # Beyond what the chunk in progress holds, a buffer may hold anything.
+            torch.testing.assert_close(kept[:, :filled], read[:, :filled], rtol=0, atol=1e-5)
+    assert prefilled.final_norm is not None
+    torch.testing.assert_close(prefilled.final_norm, fed.final_norm, rtol=0, atol=1e-6)
+
+
+def test_a_state_split_into_rows_and_put_together_is_the_same() -> None:
+    model, text = tiny_model(), make_text(50, rows=5)
+    _, cache = stream(model, text, [20, 30])
+    halfway = stream(model, text[:, :20], [20])[1].split(2)
+    assert [part.batch_size for part in halfway] == [2, 2, 1]
+    for part, rows in zip(halfway, text[:, 20:].split(2), strict=True):
+        with torch.no_grad():
+            model(rows, past_key_values=part)
+    together = MegalodonCache.concatenate(halfway)
+    assert (together.positions, together.uniform_length) == (50, 50)
+    loaded = MegalodonCache(model.config).load_state_dict(together.state_dict())
+    for result in (together, loaded):
+        for one, other in zip(
+            result.state_dict()["tensors"], cache.state_dict()["tensors"], strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_states_that_do_not_belong_together_are_refused() -> None:
+    model = tiny_model()
+    _, cache = stream(model, make_text(20, rows=2), [20])
+    _, later = stream(model, make_text(21, rows=2), [21])
+    _, other = stream(tiny_model(num_layers=1), make_text(20), [20])
+    empty = MegalodonCache(model.config)
+    for wrong in (later, other):
+        with pytest.raises(ValueError, match="only caches of one model at one position"):
+            MegalodonCache.concatenate([cache, wrong])
+    with pytest.raises(ValueError, match="an empty cache has no rows to concatenate"):
+        MegalodonCache.concatenate([cache, empty])
+    with pytest.raises(ValueError, match="an empty cache has no rows to split"):
+        empty.split(1)
+    with pytest.raises(ValueError, match="this state is of another model: "):
+        cache.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"holds 2 rows and the input has 3; pass as many rows"):
+        model(make_text(4, rows=3), past_key_values=cache)
+    # Rows at different places stay so.
+    mask = torch.ones(2, 21)
+    mask[0, :5] = 0
+    ragged = model(make_text(21, rows=2), attention_mask=mask, use_cache=True).past_key_values
+    parts = ragged.split(1)
+    assert MegalodonCache.concatenate(parts).lengths.tolist() == [16, 21]
+    assert MegalodonCache.concatenate(parts).uniform_length is None
+
+
+MILLION = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def after_a_million() -> tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache]:
+    """A tiny model, a text of a million tokens, and the last logits and the state after it."""
+    model = tiny_model(num_layers=1, model_dim=16, value_dim=16, ffn_hidden_dim=16)
+    text = make_text(MILLION)
+    return (model, text, *stream(model, text, cut(MILLION, 50_000)))
+
+
+def test_the_state_after_a_million_tokens_is_as_small_as_after_ten(
+    after_a_million: tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache],
+) -> None:
+    model, text, _, cache = after_a_million
+    _, early = stream(model, text[:, :16], [16])
+    assert (cache.positions, early.positions) == (MILLION, 16)
+    assert cache.nbytes == early.nbytes
+    assert all(tensor.isfinite().all() for tensor in cache.state_dict()["tensors"])
+
+
+@torch.no_grad()
+def test_generation_goes_on_past_a_million_tokens(
+    after_a_million: tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache],
+) -> None:
+    model, _, _, cache = after_a_million
+    byhand = MegalodonCache(model.config).load_state_dict(
+        {**cache.state_dict(), "tensors": [t.clone() for t in cache.state_dict()["tensors"]]}
+    )
+    output = model.generate(
+        torch.tensor([[65, 66]]),
+        attention_mask=torch.ones(1, MILLION + 2, dtype=torch.int64),
+        past_key_values=cache,
+        max_new_tokens=2 * CHUNK,
+        do_sample=False,
+    )
+    assert output.shape == (1, 2 + 2 * CHUNK)
+    assert cache.positions == MILLION + 1 + 2 * CHUNK  # the last token is chosen, not read
+    tokens, read = [65, 66], torch.tensor([[65, 66]])
+    for _ in range(2 * CHUNK):
+        tokens.append(int(model(read, past_key_values=byhand).logits[0, -1].argmax()))
+        read = torch.tensor([tokens[-1:]])
+    assert output[0].tolist() == tokens
+    assert cache.nbytes == byhand.nbytes
+
+
+def literal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model's norms and averages run as they are defined, step after step."""
+    monkeypatch.setattr(
+        modeling_megalodon,
+        "timestep_norm",
+        lambda x, weight, bias, groups, eps, state, segments: timestep_norm_reference(
+            x, weight, bias, groups, eps, state
+        ),
+    )
+    monkeypatch.setattr(
+        modeling_megalodon,
+        "cema",
+        lambda x, c, state, segments, return_state: cema_reference(x, c, state),
+    )
+
+
+@pytest.mark.parametrize(
+    "length",
+    [2_000, pytest.param(MILLION, marks=pytest.mark.slow)],  # the latter: ten minutes
+)
+def test_the_last_logits_of_a_long_text_are_those_of_the_float64_reference(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = tiny_model(num_layers=1), make_text(length)
+    logits, _ = stream(model, text, cut(length, 4096))
+    model.double()
+    exact, _ = stream(model, text, cut(length, 50_000))
+    literal(monkeypatch)
+    expected, cache = stream(model, text, cut(length, 50_000))
+    assert expected.dtype == cache.states[0].cema.dtype == torch.float64
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-3)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.slow  # a million tokens in float64 as well
+def test_the_last_logits_of_a_million_tokens_through_two_layers_are_those_of_float64() -> None:
+    model, text = tiny_model(), make_text(MILLION)
+    logits, _ = stream(model, text, cut(MILLION, 4096))
+    exact, _ = stream(model.double(), text, cut(MILLION, 50_000))
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-3)
