@@ -69,7 +69,10 @@ def read_layout(
     if mask is None and border is None:
         if length == 1 and lengths is not None:
             offset = lengths % chunk_size
-            return Layout(rotary[offset].unsqueeze(1), offset, None, return_state)
+            if uniform is None:
+                return Layout(rotary[offset].unsqueeze(1), offset, None, return_state)
+            place = uniform % chunk_size
+            return Layout(rotary[place : place + 1], offset, None, return_state)
         if uniform is not None:
             start = uniform % chunk_size
             places = torch.arange(start, start + length, device=x.device) % chunk_size
@@ -116,6 +119,9 @@ def document_borders(
     border = None
     if position_ids is not None:
         position_ids = _as_rows("position_ids", position_ids, batch, length)
+        decoding = length == 1 and mask is None and segment_ids is None
+        if decoding and lengths is not None and torch.equal(position_ids[:, 0], lengths):
+            return None  # where every operation counts
         before = _previous_valid(position_ids, mask)
         first = before < 0
         border = (position_ids != before + 1) & ~first
