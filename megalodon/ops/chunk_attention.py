@@ -17,6 +17,9 @@ from .segments import Segments, gather_slots, scatter_slots
 SCORES_LIMIT = 512
 """On a CPU, the chunk size up to which whole score matrices beat the fused kernel."""
 
+FLASH_LIMIT = 256
+"""The largest head that PyTorch's flash attention takes."""
+
 
 class AttentionState(NamedTuple):
     """Keys (B, C, H, Z/H) and values (B, C, H, E/H) of the current chunk, filled from slot 0.
@@ -134,8 +137,10 @@ def _attend(
         causal = mask is None and queries == keys
         if mask is None and not causal:
             mask = _causal(queries, keys, q.device)
+        size = v.shape[-1]
+        q, k, v = _equal_heads(q, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
-        return y.transpose(1, 2)
+        return y[..., :size].transpose(1, 2)
     bias = q.new_zeros(1, 1, queries, keys)
     seen = _causal(queries, keys, q.device) if mask is None else mask
     bias = bias.masked_fill(~seen, -torch.inf)
@@ -143,6 +148,16 @@ def _attend(
     scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     weights = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]).transpose(1, 2)
+
+
+def _equal_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill the shorter heads up with zeros, which changes no score: PyTorch's flash kernels take
+    queries, keys and values of one size only, up to FLASH_LIMIT."""
+    size = max(q.shape[-1], v.shape[-1])
+    if q.shape[-1] == v.shape[-1] or size > FLASH_LIMIT:
+        return q, k, v
+    q, k, v = (F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (q, k, v))
+    return q, k, v
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
