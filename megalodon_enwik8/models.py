@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,6 +16,7 @@ from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.llama import build_llama
+from megalodon_enwik8.loss import cross_entropy
 
 if TYPE_CHECKING:
     from megalodon import MegalodonCache, MegalodonConfig
@@ -99,23 +99,17 @@ def summed_loss(
 
     rows: (B, L + 1) int64. state: what came before rows, then brought up to date.
     """
-    return _loss(model, rows, state, "sum")
+    return byte_losses(model, rows, state).sum()
 
 
 def byte_losses(
     model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None = None
 ) -> torch.Tensor:
     """As :func:`summed_loss`, of each byte: float32 (B, L)."""
-    return _loss(model, rows, state, "none").view(rows.shape[0], -1)
-
-
-def _loss(
-    model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None, reduction: str
-) -> torch.Tensor:
     carried = {} if state is None else {"past_key_values": state}
     output = model(input_ids=rows[:, :-1], use_cache=state is not None, **carried)
-    logits = output.logits.flatten(0, 1).float()  # (B L, V)
-    return F.cross_entropy(logits, rows[:, 1:].flatten(), reduction=reduction)
+    losses = cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
+    return losses.view(rows.shape[0], -1)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
