@@ -249,7 +249,7 @@ def _cema_blocks_backward(
     # The adjoint of the scan is the scan backwards in time with the conjugate of q.
     axes = _keep_axes(keep)
     if axes is not None:
-        axes = torch.cat([axes[:1], axes[1:]]).flip(0).roll(1, 0)
+        axes = axes.flip(0).roll(1, 0)
     grad_s = block_scan(grad_reads.flip(1), None, log_rho, -turns, block, axes).flip(1)
     grad_rows = grad_s.permute(3, 2, 1, 0, 4).reshape(dim, batch * blocks, 2 * order)
     grad_x = torch.baddbmm(grad_flat[..., :block], grad_rows, summary.transpose(1, 2))
@@ -292,9 +292,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weight, summary, log_rho, turns, state, keep = inputs
+    x, weight, summary, log_rho, turns, state, keep = inputs
     ctx.set_materialize_grads(False)
-    ctx.has_state = state is not None
+    ctx.shape, ctx.has_state = x.shape, state is not None
     ctx.save_for_backward(output[2], weight, summary, log_rho, turns, keep)
 
 
@@ -302,8 +302,8 @@ def _backward(
     ctx: Any, grad_y: Tensor | None, grad_entries: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     columns, weight, summary, log_rho, turns, keep = ctx.saved_tensors
-    if grad_y is None:
-        raise RuntimeError("cema: the outputs take no part in the loss, only the state does")
+    if grad_y is None:  # only the state takes part in the loss
+        grad_y = columns.new_zeros(ctx.shape)
     *grads, grad_state = _cema_blocks_backward(
         grad_y, grad_entries, columns, weight, summary, log_rho, turns, keep
     )

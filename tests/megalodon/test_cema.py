@@ -40,6 +40,15 @@ def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch
     assert_same(run(cema), run(cema_reference), inputs, TOLERANCE[dtype])
 
 
+def test_gradients_of_the_state_alone_equal_the_recurrence() -> None:
+    inputs = [torch.randn(2, BLOCK + 5, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
+
+    def run(operation):  # type: ignore[no-untyped-def]
+        return lambda x, *given: operation(x, cema_coefficients(*given))[1]
+
+    assert_same(run(cema), run(cema_reference), inputs, 1e-10)
+
+
 def test_no_complex_tensor_in_the_fast_form() -> None:
     seen = []
 
