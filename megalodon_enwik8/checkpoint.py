@@ -89,7 +89,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of train.py")
     version = content.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if not isinstance(version, int):
+        raise UserError(f"{path}: damaged: its version is missing or of the wrong kind")
+    if version > VERSION:
         raise UserError(
             f"{path}: written in format {version}, this program reads up to {VERSION}; update it"
         )

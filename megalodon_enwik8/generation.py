@@ -14,6 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from megalodon_enwik8.errors import UserError
 
 _KEPT_CONTROLS = "\n\t"
+# Longer prompts are read in pieces of so many bytes, in the memory of one piece.
+_PREFILL = 8192
 
 
 class PrintableDecoder:
@@ -95,6 +97,7 @@ def generate_bytes(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=length,
             streamer=streamer,
+            prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
             logits_processor=LogitsProcessorList([_Finite()]),
             **options,
         )
