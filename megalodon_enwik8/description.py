@@ -37,7 +37,8 @@ def summarize(
         "corpus": f"{corpus.name}: {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.val):,} to validate",
         "step": f"{config.sequences_per_step} sequences x {config.seq_len} bytes "
-        f"({config.batch_size} at a time), {config.num_batches} steps",
+        f"({config.batch_size} at a time), {config.num_batches} steps"
+        + (", each from the state before" if config.carry_state else ""),
         "device": f"{device_name(device)}, {precision}",
         "compile": compiled,
         "folder": config.run_dir,

@@ -114,6 +114,36 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     assert MegalodonCache.concatenate(parts).uniform_length is None
 
 
+def saved_bytes(model: MegalodonForCausalLM, length: int) -> int:
+    """What the forward pass of a training step keeps for its backward, which runs as well."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    text = make_text(length)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(text, labels=text).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("chunk_size", [256, 2048])
+def test_memory_of_training_is_linear_in_the_length_and_checkpointing_lowers_it(
+    chunk_size: int,
+) -> None:
+    model = tiny_model(chunk_size=chunk_size, num_layers=3).train()
+    short, long = saved_bytes(model, 8192), saved_bytes(model, 16_384)
+    assert 1.8 * short < long < 2.1 * short
+    # Early releases of transformers 5 know it by its old name alone.
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    assert saved_bytes(model, 16_384) < long / 3
+
+
 MILLION = 1_000_000
 
 
