@@ -1,4 +1,4 @@
-"""Benchmarks of both models, side by side: python -m megalodon_enwik8.benchmark train"""
+"""Benchmarks of both models, side by side: python -m megalodon_enwik8.benchmark train|context"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megalodon_enwik8 import benchmark_context
 from megalodon_enwik8.command_line import Parser, whole_number
 from megalodon_enwik8.errors import run_main
 
@@ -35,11 +36,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     # What a fresh process is asked to measure, by the process that the user started.
     train.add_argument("--probe", help=argparse.SUPPRESS)
+    benchmark_context.add_parser(commands)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    if options.command == "context":
+        return benchmark_context.run(options)
     # Imported after the command line is known to be good: torch takes seconds to load.
     from megalodon_enwik8 import benchmark_train
 
