@@ -12,7 +12,7 @@ from pathlib import Path
 from megalodon_enwik8.command_line import Parser, number, whole_number
 from megalodon_enwik8.errors import UserError, run_main
 
-MAX_PROMPT_BYTES = 1 << 30
+MAX_PROMPT_BYTES = 1 << 26
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megalodon_enwik8.checkpoint import load_checkpoint
     from megalodon_enwik8.generation import ByteStreamer, generate_bytes
     from megalodon_enwik8.models import restore_model
-    from megalodon_enwik8.utils import choose_device
+    from megalodon_enwik8.utils import choose_device, ran_out_of_memory
 
     device = choose_device()
     path = Path(options.checkpoint)
@@ -96,16 +96,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
 
     began = time.perf_counter()
-    generate_bytes(
-        model,
-        prompt,
-        length=options.max_length,
-        seed=options.seed,
-        temperature=options.temperature,
-        min_p=options.min_p,
-        top_k=options.top_k,
-        streamer=ByteStreamer(write),
-    )
+    try:
+        generate_bytes(
+            model,
+            prompt,
+            length=options.max_length,
+            seed=options.seed,
+            temperature=options.temperature,
+            min_p=options.min_p,
+            top_k=options.top_k,
+            streamer=ByteStreamer(write),
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory: give a shorter prompt than {len(prompt)} bytes, or lower --max-length"
+        ) from None
     seconds = time.perf_counter() - began
     write("\n")
     print(

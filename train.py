@@ -43,15 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_config(options.config, options.overrides)
 
-    import torch
-
     from megalodon_enwik8.training import train
+    from megalodon_enwik8.utils import ran_out_of_memory
 
     try:
         return train(config, resume=options.resume, overwrite=options.overwrite)
     except (MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error):  # on the CPU
+        if not ran_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory: lower batch_size={config.batch_size} and raise grad_accum_every="

@@ -69,6 +69,12 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, the CPU's or the GPU's allocator says so; each has its own way."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)
+
+
 def bits_per_byte(loss: float) -> float:
     """Nats per byte to bits per byte (called BPC, bits per character, on enwik8)."""
     return loss / math.log(2)

@@ -297,6 +297,18 @@ def test_killed_download_is_gone_on_with_by_the_next_process(server: Server, tar
     assert gzip.decompress(target.read_bytes()) == TEXT
 
 
+def test_what_a_killed_process_left_half_unpacked_is_removed(server: Server, target: Path) -> None:
+    target.parent.mkdir()
+    writer = (
+        f"import os; from megalodon_enwik8.files import atomic_write\n"
+        f"with atomic_write({str(target)!r}): os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", writer], check=False)
+    assert len(left_by(target)) == 1
+    get(server, target)
+    assert left_by(target) == {"tiny.gz"}
+
+
 def test_two_processes_at_once_download_once_and_end_with_one_good_file(
     server: Server, target: Path
 ) -> None:

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megalodon_enwik8 import generation
+from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.generation import ByteStreamer, PrintableDecoder, generate_bytes
 from megalodon_enwik8.models import build_model
 
@@ -96,3 +98,21 @@ def test_sampling_leaves_the_mode_and_warns_of_nothing(
     assert model.training
     assert [w for w in recwarn if "script_method" not in str(w.message)] == []
     assert capsys.readouterr().err == ""
+
+
+def test_a_long_prompt_read_in_pieces_is_continued_as_when_read_at_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = bytes(range(100))
+    at_once = generate_bytes(model, prompt, length=20, seed=1)
+    monkeypatch.setattr(generation, "_PREFILL", 7)
+    assert generate_bytes(model, prompt, length=20, seed=1) == at_once
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_output_that_is_not_finite_is_one_line(model: Any, temperature: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(UserError, match="the model's output is not finite"):
+        generate_bytes(model, b"x", length=2, seed=1, temperature=temperature)

@@ -8,22 +8,29 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megalodon_enwik8 import run_folder, training
 from megalodon_enwik8.checkpoint import load_checkpoint
-from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.data import Corpus
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.evaluation import full_validation
 from megalodon_enwik8.files import exclusive_lock
+from megalodon_enwik8.models import build_model
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
-from megalodon_enwik8.training import FREE_ON_RESUME, train
+from megalodon_enwik8.training import FREE_ON_RESUME, Trainer, make_optimizer, train
 
 MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes"}
 
@@ -641,6 +648,95 @@ def test_a_full_disk_during_a_save_leaves_checkpoints_that_resume(
             train(config)
     assert train(config, resume=NEWEST) == 0
     assert_same_ending(config, whole)
+
+
+TRAIN_ON_A_SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+from megalodon_enwik8.checkpoint import load_checkpoint
+from megalodon_enwik8.config import load_config
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.run_folder import NEWEST, RunFolder
+from megalodon_enwik8.training import train
+
+config_file, disk, out = sys.argv[1:]
+config = load_config(config_file, [f"run_dir={disk}"])
+try:
+    train(config)
+    sys.exit("the disk did not fill up")
+except UserError as error:
+    assert "the disk is full: free some space or choose another folder" in str(error), error
+folder = RunFolder(Path(disk))
+saved = [load_checkpoint(path).step for path in folder.checkpoints()]
+assert saved == list(range(1, len(saved) + 1)) and len(saved) >= 2, saved
+assert not list(Path(disk).glob(".*.writing"))
+subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+assert train(config, resume=NEWEST) == 0
+assert folder.checkpoints()[-1].name == "checkpoint_00000020.pt"
+for name in ("final.pt", "metrics.jsonl"):
+    Path(out, name).write_bytes(folder.file(name).read_bytes())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare"), reason="mounts a disk of its own with unshare")
+def test_a_run_whose_disk_fills_up_keeps_its_checkpoints_and_goes_on_when_there_is_room(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    whole = make_tiny("llama", num_batches=20, save_every=1, run_dir=str(tmp_path / "whole"))
+    assert train(whole) == 0
+    largest = max(path.stat().st_size for path in Path(whole.run_dir).glob("*.pt"))
+    disk, config_file = tmp_path / "disk", tmp_path / "x.yaml"
+    disk.mkdir()
+    config_file.write_text(whole.to_yaml())
+    script = (
+        f"mount -t tmpfs -o size={5 * largest // 2 // 1024}k none {disk} && "
+        f'exec "$@" {config_file} {disk} {tmp_path}'
+    )
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*command[:-4], "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a disk of his own")
+    done = subprocess.run(
+        [*command, sys.executable, "-c", TRAIN_ON_A_SMALL_DISK], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    weights = load_checkpoint(tmp_path / "final.pt").model_state
+    for name, weight in ending(whole)[1].items():
+        assert torch.equal(weight, weights[name]), name
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(21))
+
+
+@pytest.mark.slow
+def test_saving_every_100_steps_costs_less_than_one_percent_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the model and the step of the comparison, fsync included."""
+    path = Path(__file__).parents[2] / "configs" / "megalodon_multichunk_512.yaml"
+    config = load_config(
+        path, ["gradient_checkpointing=false", "batch_size=4", "grad_accum_every=4"]
+    )
+    text = np.random.default_rng(7).integers(0, 256, 10**6, dtype=np.uint8)
+    corpus = Corpus("random", text[:900_000], text[900_000:], "")
+    model = build_model(config)
+    folder = RunFolder(tmp_path)
+    trainer = Trainer(config, folder, corpus, model, make_optimizer(model, config))
+    model.train()
+    steps, saves = [], []
+    for _ in range(5):
+        began = time.perf_counter()
+        trainer.train_one_step()
+        steps.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        saved = folder.save_step(trainer.checkpoint(), keep_last=2)
+        saves.append(time.perf_counter() - began)
+    step, save = statistics.median(steps), statistics.median(saves)
+    with capsys.disabled():
+        print(
+            f"\na checkpoint of {saved.stat().st_size / 1e6:.1f} MB: {save:.3f} s (at most "
+            f"{max(saves):.3f}); a step: {step:.2f} s; every 100 steps: {save / step:.3f} %"
+        )
+    assert save < 0.01 * 100 * step
 
 
 def test_metrics_leave_out_a_cut_last_line_and_name_a_damaged_one(tmp_path: Path) -> None:

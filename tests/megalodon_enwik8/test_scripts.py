@@ -14,6 +14,7 @@ import pytest
 
 import inference
 import train
+from megalodon_enwik8 import generation
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import run_main
 from megalodon_enwik8.training import train as run_training
@@ -181,6 +182,24 @@ def test_what_inference_refuses_is_one_line(
     assert "the prompt from stdin is empty" in refused(capfd, inference.main, weights)
     monkeypatch.setattr(sys, "stdin", None)
     assert "no prompt: give --prompt" in refused(capfd, inference.main, weights)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_prompt_too_long_for_the_memory_is_one_line(
+    make_tiny: Any, capfd: pytest.CaptureFixture[str], monkeypatch: Any, error: Exception
+) -> None:
+    config = make_tiny("llama", num_batches=1)
+    assert run_training(config) == 0
+
+    def full(*arguments: object, **options: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(generation, "generate_bytes", full)
+    weights = Path(config.run_dir) / "final.pt"
+    line = refused(capfd, inference.main, weights, "--prompt", "x" * 99)
+    assert "out of memory: give a shorter prompt than 99 bytes" in line
 
 
 def test_the_scripts_run_as_programs(
