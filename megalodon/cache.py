@@ -152,25 +152,34 @@ class MegalodonCache(Cache):
 
         Raises ValueError for the state of another model, or a damaged one.
         """
-        try:
-            signature, tensors = state["signature"], list(state["tensors"])
-            positions, uniform_length = state["positions"], state["uniform_length"]
-        except (KeyError, TypeError) as error:
-            raise ValueError("this is not the state of a MegalodonCache") from error
-        if signature != self.signature:
+        if not isinstance(state, dict) or not state.keys() >= self.state_dict().keys():
+            raise ValueError("this is not the state of a MegalodonCache")
+        if state["signature"] != self.signature:
             raise ValueError(
-                f"this state is of another model: {signature}, this model has {self.signature}"
+                f"this state is of another model: {state['signature']}, this model has "
+                f"{self.signature}"
             )
-        shapes = self._shapes()
+        tensors, positions, length = (
+            state[key] for key in ("tensors", "positions", "uniform_length")
+        )
+        counts = [positions] if length is None else [positions, length]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError("this state is damaged: its counts are no whole numbers")
+        if not isinstance(tensors, list) or not all(isinstance(t, Tensor) for t in tensors):
+            raise ValueError("this state is damaged: it holds no list of tensors")
         if not tensors:
             self.reset()
             return self
-        if [getattr(t, "shape", (0,))[1:] for t in tensors] != shapes or (
-            len({t.shape[0] for t in tensors}) != 1
-        ):
+        rows = tensors[0].shape
+        if len(rows) != 1 or [t.shape for t in tensors] != [(*rows, *s) for s in self._shapes()]:
             raise ValueError("this state is damaged: its tensors have the wrong shapes")
+        counters = [t for t in tensors if t.dtype == torch.int64]
+        if len(counters) != self.signature["num_layers"] + 1 or not all(
+            t.is_floating_point() or t.dtype == torch.int64 for t in tensors
+        ):
+            raise ValueError("this state is damaged: its tensors have the wrong types")
         self._unflatten(tensors)
-        self.positions, self.uniform_length = positions, uniform_length
+        self.positions, self.uniform_length = positions, length
         return self
 
     def _flat(self) -> list[Tensor]:

@@ -373,12 +373,8 @@ class Trainer:
             raise UserError(f"{path}: damaged: {error}") from error
         if self.carried is not None:
             try:
-                state = checkpoint.carried_state or {}
-                positions, uniform = state.get("positions"), state.get("uniform_length")
-                if type(positions) is not int or not isinstance(uniform, (int, type(None))):
-                    raise ValueError("its counts are missing or of the wrong kind")
-                self.carried.load_state_dict(state)
-            except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                self.carried.load_state_dict(checkpoint.carried_state or {})
+            except ValueError as error:
                 raise UserError(f"{path}: its carried state does not fit: {error}") from error
         self.step = checkpoint.step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def test_a_crash_in_any_step_changes_nothing_of_the_ending(
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # 3 steps of 20 bytes a pass, checkpoints after 2 and 4: within a pass, and in the second one.
-    options = {"carry_state": True, "seq_len": 20, "batch_size": 100, "grad_accum_every": 3}
+    options = {"carry_state": True, "seq_len": 20, "batch_size": 5, "grad_accum_every": 3}
+    options |= {"data_bytes": 1050}
     options |= {"num_batches": 5, "dropout": 0.2, "use_autocast": True}
     whole = make_tiny("megalodon", **options)
     assert train(whole) == 0
@@ -232,29 +234,43 @@ def test_a_carried_state_comes_back_from_a_file_bit_for_bit(make_tiny: Any, tmp_
     assert [cache.positions for cache in carried.caches] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        (lambda state: {}, "this is not the state of a MegalodonCache"),
-        (lambda state: None, "this is not the state of a MegalodonCache"),
-        (lambda state: state | {"tensors": state["tensors"][:-1]}, "this state is damaged"),
-        (
-            lambda state: state | {"tensors": [t[:2] for t in state["tensors"]]},
-            "it holds 2 streams",
-        ),
-        (lambda state: state | {"signature": {}}, "this state is of another model"),
-    ],
-)
-def test_a_carried_state_that_does_not_fit_is_refused(
-    make_tiny: Any, spoil: Any, line: str
-) -> None:
+def spoil_states(state: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    """States that do not fit, and what is said of each."""
+    none = "this is not the state of a MegalodonCache"
+    damaged = "this state is damaged: "
+    tensors = state["tensors"]
+    yield {}, none
+    yield None, none
+    yield {"tensors": tensors}, none
+    yield state | {"signature": {}}, "this state is of another model: "
+    yield state | {"signature": None}, "this state is of another model: "
+    yield state | {"tensors": [t[:2] for t in tensors]}, "it holds 2 streams, this run has 4"
+    for wrong in (None, -1, 1.5, True, "1"):
+        yield state | {"positions": wrong}, damaged + "its counts"
+    yield state | {"uniform_length": "1"}, damaged + "its counts"
+    for wrong in (None, 7, {}, tuple(tensors), [*tensors[:-1], None]):
+        yield state | {"tensors": wrong}, damaged + "it holds no list of tensors"
+    for wrong in (tensors[:-1], [*tensors[:-1], tensors[-1][0]], [t[0] for t in tensors]):
+        yield state | {"tensors": wrong}, damaged + "its tensors have the wrong shapes"
+    for wrong in (
+        [t.double() for t in tensors],
+        [t.long() for t in tensors],
+        [*tensors[:-1], tensors[-1].bool()],
+    ):
+        yield state | {"tensors": wrong}, damaged + "its tensors have the wrong types"
+
+
+def test_a_carried_state_that_does_not_fit_is_refused(make_tiny: Any) -> None:
     config = make_tiny("megalodon", carry_state=True)
     assert train(config) == 0
     path = Path(config.run_dir) / "checkpoint_00000006.pt"
     checkpoint = load_checkpoint(path)
-    state = spoil(checkpoint.carried_state)
-    save_checkpoint(path, replace(checkpoint, carried_state=state))
-    with pytest.raises(UserError, match=f"its carried state does not fit: {line}"):
+    for state, line in spoil_states(checkpoint.carried_state):
+        with pytest.raises(ValueError, match=line):
+            CarriedState(build_model(config), 4, 2).load_state_dict(state or {})
+    save_checkpoint(path, replace(checkpoint, carried_state=None))
+    line = "its carried state does not fit: this is not the state of a MegalodonCache"
+    with pytest.raises(UserError, match=line):
         train(make_tiny("megalodon", carry_state=True, num_batches=8), resume=path)
 
 
