@@ -124,6 +124,7 @@ def _config(name: str, size: int, seq_len: int, *, compiled: bool = False) -> Ex
     """The shipped sizes of a model, which are the schema's defaults."""
     return make_config(
         {
+            "run_dir": "runs/benchmark",
             "model": name,
             "batch_size": size,
             "grad_accum_every": SEQUENCES // size,
