@@ -154,10 +154,12 @@ class MegalodonCache(Cache):
         """
         if not isinstance(state, dict) or not state.keys() >= self.state_dict().keys():
             raise ValueError("this is not the state of a MegalodonCache")
-        if state["signature"] != self.signature:
+        sizes = state["signature"]
+        if not isinstance(sizes, dict) or not all(type(size) is int for size in sizes.values()):
+            raise ValueError("this state is damaged: its signature holds no sizes")
+        if sizes != self.signature:
             raise ValueError(
-                f"this state is of another model: {state['signature']}, this model has "
-                f"{self.signature}"
+                f"this state is of another model: {sizes}, this model has {self.signature}"
             )
         tensors, positions, length = (
             state[key] for key in ("tensors", "positions", "uniform_length")

@@ -243,7 +243,8 @@ def spoil_states(state: dict[str, Any]) -> Iterator[tuple[Any, str]]:
     yield None, none
     yield {"tensors": tensors}, none
     yield state | {"signature": {}}, "this state is of another model: "
-    yield state | {"signature": None}, "this state is of another model: "
+    for wrong in (None, 7, {"num_layers": torch.ones(2)}):
+        yield state | {"signature": wrong}, damaged + "its signature"
     yield state | {"tensors": [t[:2] for t in tensors]}, "it holds 2 streams, this run has 4"
     for wrong in (None, -1, 1.5, True, "1"):
         yield state | {"positions": wrong}, damaged + "its counts"
