@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -65,8 +66,12 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would report the parent's peak where that was higher: exec does not reset it.
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # the other Unixes count in KiB
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

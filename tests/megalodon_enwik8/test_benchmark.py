@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,13 @@ def test_bound_is_three_times_the_forward_products(monkeypatch: pytest.MonkeyPat
     products()
     # 12,489,600 parameters but the 13 norms; the tied embedding is the output matrix.
     assert sum(counted) == 3 * 16 * 8 * (12_489_600 - 13 * 384)
+
+
+def test_peak_memory_is_the_processes_own_not_its_parents() -> None:
+    ballast = torch.ones(600_000_000, dtype=torch.uint8)
+    code = "from megalodon_enwik8.utils import *; print(peak_memory_bytes(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < ballast.nbytes
 
 
 @pytest.mark.slow
