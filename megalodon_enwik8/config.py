@@ -209,7 +209,7 @@ def load_config(
             raise UserError(
                 f"command line: {override!r}: expected key=value, as in num_batches=100"
             )
-        values[name] = _parse_yaml(text, f"command line: {name}")
+        values[name] = _parse_yaml(text, f"command line: {_show(name)}")
         source[name] = "command line"
     values.setdefault("run_dir", f"runs/{Path(path).stem}")
     return make_config(values, str(path), source)

@@ -16,6 +16,9 @@ from megalodon_enwik8.errors import UserError
 _KEPT_CONTROLS = "\n\t"
 # Longer prompts are read in pieces of so many bytes, in the memory of one piece.
 _PREFILL = 8192
+# Below, float32 logits overflow when divided by the temperature; any difference between two of
+# them decides long before.
+_COLDEST = 1e-30
 
 
 class PrintableDecoder:
@@ -82,8 +85,8 @@ def generate_bytes(
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
+    options: dict[str, Any] = {"do_sample": temperature > _COLDEST}
+    if temperature > _COLDEST:
         options |= {"temperature": temperature, "min_p": min_p, "top_k": top_k or 0, "top_p": 1.0}
     vocabulary = model.config.vocab_size
     if vocabulary > 256:

@@ -141,6 +141,7 @@ def test_a_mistake_is_one_line_naming_key_value_and_remedy(
         ("seed", "command line: 'seed': expected key=value, as in num_batches=100"),
         ("=1", "command line: '=1': expected key=value"),
         ("seed=[", "command line: seed: line 1: "),
+        ("a\nb=[", "command line: 'a\\nb': line 1: "),
         ("model=megalodon", "x.yaml: dim=384: is a key of model: llama, but this is model: mega"),
     ],
 )

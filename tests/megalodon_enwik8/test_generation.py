@@ -78,6 +78,12 @@ def test_top_k_1_and_min_p_1_are_greedy(model: Any) -> None:
     assert generate_bytes(model, b"x", length=20, seed=2, min_p=1.0) == greedy
 
 
+@pytest.mark.parametrize("temperature", [1e-29, 1e-31, 1e-255])
+def test_the_coldest_temperatures_are_greedy(model: Any, temperature: float) -> None:
+    greedy = generate_bytes(model, b"x", length=20, seed=1, temperature=0)
+    assert generate_bytes(model, b"x", length=20, seed=2, temperature=temperature) == greedy
+
+
 def test_without_limits_every_byte_can_be_drawn(model: Any) -> None:
     # transformers' own default would leave out all but the 50 likeliest.
     made = generate_bytes(model, b"x", length=600, seed=1, temperature=100.0)
