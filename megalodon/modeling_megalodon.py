@@ -52,7 +52,7 @@ def _parameter_dtype() -> torch.dtype:
 
 
 class MegalodonTimestepNorm(Float32Module):
-    """See :func:`megalodon.ops.timestep_norm.timestep_norm`."""
+    """See :func:`megalodon.ops.timestep_norm.timestep_norm`; its dtype is that of RMSNorm."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -63,7 +63,14 @@ class MegalodonTimestepNorm(Float32Module):
         self, x: Tensor, state: TimestepNormState | None, layout: Layout
     ) -> tuple[Tensor, TimestepNormState]:
         return timestep_norm(
-            x, self.weight, self.bias, self.num_groups, self.eps, state, layout.segments
+            x,
+            self.weight,
+            self.bias,
+            self.num_groups,
+            self.eps,
+            state,
+            layout.segments,
+            compute_dtype(x),
         )
 
 
@@ -212,7 +219,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
         q, k = self.query_key(self.wz(mx), layout.rotary)
-        v = F.silu(self.wv(x_tn.to(mx.dtype))).unflatten(-1, (config.num_heads, -1))
+        v = F.silu(self.wv(x_tn)).unflatten(-1, (config.num_heads, -1))
         a, state = chunk_attention(
             q,
             k,

@@ -28,7 +28,7 @@ from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.files import atomic_write
 from megalodon_enwik8.models import build_model, compile_layers
 from megalodon_enwik8.training import make_optimizer, train_step
-from megalodon_enwik8.utils import choose_device, peak_memory_bytes
+from megalodon_enwik8.utils import choose_device, keep_freed_memory, peak_memory_bytes
 
 SEQUENCES = 16
 """Sequences in a step, as the protocol has it."""
@@ -41,6 +41,7 @@ def run(options: Namespace) -> int:
     for size in options.micro_batches:
         if SEQUENCES % size:
             raise UserError(f"--micro-batches {size}: must divide {SEQUENCES}, a step's sequences")
+    keep_freed_memory()
     if options.probe:
         print(json.dumps(_probe(options)))
         return 0

@@ -24,7 +24,7 @@ from megalodon_enwik8.description import device_name
 from megalodon_enwik8.errors import run_main
 from megalodon_enwik8.models import build_model, compile_layers, keeps_a_state, new_state
 from megalodon_enwik8.training import make_optimizer, train_step
-from megalodon_enwik8.utils import choose_device, peak_memory_bytes
+from megalodon_enwik8.utils import choose_device, keep_freed_memory, peak_memory_bytes
 
 PREFILL_SEGMENT = 65_536
 """A Megalodon reads a prompt so many tokens at a time, which bounds its memory."""
@@ -74,6 +74,7 @@ class Task:
 
 def measure(task: Task) -> dict[str, Any]:
     """The figures that `task` asks for, and where they were taken."""
+    keep_freed_memory()
     device = choose_device()
     config = task.config()
     model = build_model(config)

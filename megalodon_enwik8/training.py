@@ -39,6 +39,7 @@ from megalodon_enwik8.utils import (
     bits_per_byte,
     choose_device,
     derive_seed,
+    keep_freed_memory,
     peak_memory_bytes,
 )
 
@@ -76,6 +77,7 @@ def train(
     holds. Returns the exit code: 0, or 130 or 143 when SIGINT or SIGTERM asked for an early,
     saved end. Raises UserError for what the user can mend.
     """
+    keep_freed_memory()
     device = choose_device()
     goes_on_here = resume is not None and (
         resume == NEWEST or Path(resume).parent.resolve() == Path(config.run_dir).resolve()

@@ -1,18 +1,27 @@
 """A scan of a complex linear recurrence over blocks, in real arithmetic.
 
-    entry_{b+1} = keep_{b+1} * (q entry_b + s_b)
+    x_{b+1} = through_b q x_b + s_b
 
-for b = 0 .. n - 1. States are pairs of real tensors (2, n, B, D, N): real part, imaginary part.
-The loop runs inside groups of a fixed number of blocks, for all groups at once, and the groups
-are joined by the same scan: log(n) loops of at most `GROUP` rounds, whatever the length.
+for b = 0 .. n - 1, or from n - 1 down. States are pairs of real tensors: real part, imaginary
+part. The blocks lie in groups, so that one round of the loop takes a step in all groups at once;
+the groups are joined by the same scan. That is log(n) loops of at most `GROUP` rounds, whatever
+the length.
 """
 
 import math
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 16
+"""Blocks in a group; a power of two, so that angles reduce exactly."""
+
+
+def group_blocks(blocks: int) -> tuple[int, int]:
+    """How many blocks a group has, and how many groups; their product is at least `blocks`."""
+    return min(blocks, GROUP), -(-blocks // GROUP)
 
 
 def complex_power(
@@ -40,18 +49,22 @@ def block_scan_reference(
     log_rho: Tensor,
     turns: Tensor,
     step: int,
-    keep: Tensor | None = None,
+    through: Tensor | None = None,
+    *,
+    reverse: bool = False,
 ) -> Tensor:
     """The recurrence, one block after the other. Arguments as :func:`block_scan`."""
-    q = torch.polar((log_rho * step).exp(), turns * (2 * math.pi * step))
-    entry = torch.complex(*(torch.zeros_like(s[:, 0]) if first is None else first))
-    entries = []
-    for b in range(s.shape[1]):
-        if keep is not None:
-            entry = entry * keep[b]
-        entries.append(entry)
-        entry = q * entry + torch.complex(s[0, b], s[1, b])
-    return torch.view_as_real(torch.stack(entries)).movedim(-1, 0)
+    q = torch.polar((log_rho * step).exp(), turns * (2 * math.pi * step)).unsqueeze(1)
+    size, groups = s.shape[2:4]
+    state = torch.complex(*(torch.zeros_like(s[:, :, 0, 0]) if first is None else first))
+    entries = torch.empty_like(s)
+    blocks = [(b, g) for g in range(groups) for b in range(size)]
+    for b, g in reversed(blocks) if reverse else blocks:
+        entries[:, :, b, g] = torch.stack([state.real, state.imag])
+        if through is not None:
+            state = state * through[b, g, :, None]
+        state = q * state + torch.complex(s[0, :, b, g], s[1, :, b, g])
+    return entries
 
 
 def block_scan(
@@ -60,86 +73,77 @@ def block_scan(
     log_rho: Tensor,
     turns: Tensor,
     step: int,
-    keep: Tensor | None = None,
     through: Tensor | None = None,
+    *,
+    reverse: bool = False,
 ) -> Tensor:
-    """States on entry to each of n blocks. Not differentiable: its backward is itself, reversed.
+    """States on entry to each block. Not differentiable: its backward is itself, reversed.
 
     Args:
-        s: (2, n, B, D, N), what each block adds.
-        first: (2, B, D, N), the state before the first block; ``None`` for zero.
+        s: (2, D, size, groups, B, N), what each block adds. Block t stands at [t % size, t //
+            size], so that blocks of one round lie next to each other.
+        first: (2, D, B, N), the state before the first block; ``None`` for zero.
         log_rho, turns: (D, N), the decay and the phase of one time step.
         step: time steps in a block.
-        keep: (n, B, 1, 1), 0 where a block starts afresh; ``None`` for 1.
-        through: (n, B, 1, 1), a further factor on q; ``None`` for 1.
+        through: (size, groups, B), a further factor on q; ``None`` for 1.
+        reverse: whether the last block comes first.
+
+    Returns:
+        A tensor of the shape of s.
     """
-    n = s.shape[1]
+    _, dim, size, groups, batch, order = s.shape
     one = torch.ones((), device=s.device)
-    q_re, q_im = complex_power(log_rho, turns, one, step)
-    if n <= GROUP:
-        entries = torch.empty_like(s)
-        state = torch.zeros_like(s[:, 0]) if first is None else first
-        for b in range(n):
-            if keep is not None:
-                state = state * keep[b]
-            entries[:, b] = state
-            if b < n - 1:
-                state = _advance(
-                    state if through is None else state * through[b], s[:, b], q_re, q_im
-                )
-        return entries
-
-    groups = -(-n // GROUP)
-    keep, through = (None if t is None else _grouped(t, groups) for t in (keep, through))
-    s = _grouped(s, groups)
-    local = torch.empty_like(s)  # (2, groups, GROUP, B, D, N), as if each group began at zero
-    state = torch.zeros_like(s[:, :, 0])
-    reach = None if keep is None and through is None else s.new_ones(groups, *s.shape[3:4], 1, 1)
-    factors = []
-    for b in range(GROUP):
-        if keep is not None and b:
-            state = state * keep[:, b]
-            reach = reach * keep[:, b]  # type: ignore[operator]
-        local[:, :, b] = state
-        if reach is not None:
-            factors.append(reach)
-        if through is not None:
-            state = state * through[:, b]
-            reach = reach * through[:, b]  # type: ignore[operator]
-        state = _advance(state, s[:, :, b], q_re, q_im)
-    entry = block_scan(
-        state,
-        first,
-        log_rho,
-        turns,
-        step * GROUP,
-        None if keep is None else keep[:, 0],
-        reach,
-    )  # (2, groups, B, D, N)
-    for b in range(GROUP):
-        p_re, p_im = complex_power(log_rho, turns, one * b, step)
-        reaching = entry if not factors else entry * factors[b]
-        local[:, :, b] = _advance(reaching, local[:, :, b], p_re, p_im)
-    return local.flatten(1, 2)[:, :n]
-
-
-def _advance(state: Tensor, s: Tensor, q_re: Tensor, q_im: Tensor) -> Tensor:
-    """q * state + s for pairs (2, ...)."""
-    re, im = state
-    return torch.stack(
-        [
-            torch.addcmul(torch.addcmul(s[0], q_re, re), q_im, im, value=-1),
-            torch.addcmul(torch.addcmul(s[1], q_re, im), q_im, re),
-        ]
+    # Written out to the full width: broadcasting over so short axes would not vectorise.
+    q_re, q_im = (
+        t[:, None, None].expand(dim, groups, batch, order).contiguous()
+        for t in complex_power(log_rho, turns, one, step)
     )
+    rounds = range(size - 1, -1, -1) if reverse else range(size)
+    factors = None if through is None else through.unsqueeze(-1)
+
+    def advance(state: Tensor, b: int, out: Tensor) -> None:
+        if factors is not None:
+            state = state * factors[b]
+        re, im = state
+        torch.addcmul(torch.addcmul(s[0, :, b], q_re, re), q_im, im, value=-1, out=out[0])
+        torch.addcmul(torch.addcmul(s[1, :, b], q_re, im), q_im, re, out=out[1])
+
+    entries = torch.empty_like(s)
+    start = entries[:, :, rounds[0]]
+    if groups == 1:
+        start[:, :, 0] = 0 if first is None else first
+    else:
+        # What each group adds by itself; then the same scan over the groups.
+        state = s[:, :, rounds[0]].clone()
+        for b in rounds[1:]:
+            advance(state, b, state := torch.empty_like(state))
+        reach = None if through is None else through.prod(0)
+        start.copy_(_scan_groups(state, first, log_rho, turns, step * size, reach, reverse))
+    for before, b in pairwise(rounds):
+        advance(entries[:, :, before], before, entries[:, :, b])
+    return entries
 
 
-def _grouped(t: Tensor, groups: int) -> Tensor:
-    """Pad the block axis with zeros, and split it into (groups, GROUP); B and two more follow."""
-    axis = t.dim() - 4
-    missing = groups * GROUP - t.shape[axis]
-    if missing:
-        shape = list(t.shape)
-        shape[axis] = missing
-        t = torch.cat([t, t.new_zeros(shape)], dim=axis)
-    return t.unflatten(axis, (groups, GROUP))
+def _scan_groups(
+    s: Tensor,
+    first: Tensor | None,
+    log_rho: Tensor,
+    turns: Tensor,
+    step: int,
+    through: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """:func:`block_scan` of blocks in order: s (2, D, n, B, N), through (n, B)."""
+    n = s.shape[2]
+    size, groups = group_blocks(n)
+    missing = size * groups - n
+    before, after = (missing, 0) if reverse else (0, missing)  # where the scan comes last
+
+    def lay_out(t: Tensor, axis: int) -> Tensor:
+        filler = [0, 0] * (t.dim() - 1 - axis) + [before, after]
+        return F.pad(t, filler).unflatten(axis, (groups, size)).transpose(axis, axis + 1)
+
+    s = lay_out(s, 2).contiguous()
+    through = None if through is None else lay_out(through, 0)
+    entries = block_scan(s, first, log_rho, turns, step, through, reverse=reverse)
+    return entries.transpose(2, 3).flatten(2, 3)[:, :, before : before + n]

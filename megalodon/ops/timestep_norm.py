@@ -82,6 +82,7 @@ def timestep_norm(
     eps: float = 1e-5,
     state: TimestepNormState | None = None,
     segments: Segments | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, TimestepNormState]:
     """TimestepNorm of a whole piece of text at once, as a cumulative sum.
 
@@ -92,14 +93,16 @@ def timestep_norm(
         eps: added to the variance.
         state: what came before; ``None`` for the start of a text.
         segments: where padding and document borders lie; ``None`` for plain text.
+        dtype: of y; ``None`` for that of x. Statistics are kept in :func:`statistics_dtype`.
 
     Returns:
-        y (B, L, D) in the dtype of x, and the state after the last step.
+        y (B, L, D), and the state after the last step.
     """
+    dtype = dtype or x.dtype
     if state is None:
         state = initial_state(x, num_groups)
     if segments is None:
-        y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps)
+        y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps, dtype)
         return y, TimestepNormState(state.steps + x.shape[1], mean, var)
 
     groups = x.unflatten(-1, (num_groups, -1)).to(_compute_dtype(x))
@@ -112,7 +115,7 @@ def timestep_norm(
     last, seen = segments.last.view(-1, 1, 1), segments.any_valid.view(-1, 1)
     final_mean = mean.take_along_dim(last, 1).squeeze(1)
     final_var = var.take_along_dim(last, 1).squeeze(1)
-    return y.to(x.dtype), TimestepNormState(
+    return y.to(dtype), TimestepNormState(
         segments.final_count(state.steps),
         torch.where(seen, final_mean, state.mean),
         torch.where(seen, final_var, state.var),
@@ -132,9 +135,9 @@ def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(x: Tensor, size: int) -> Tensor:
-    """(B, L, G) -> (B, L, G * size), each number written out for its group: full-size operations
-    then run over contiguous memory, which broadcasting over a short last axis would not."""
-    return x.unsqueeze(-1).expand(*x.shape, size).reshape(*x.shape[:-1], -1)
+    """(B, L, G) -> (B, L, G, size), each number written out for its group: operations then run
+    over contiguous memory, which broadcasting over a short last axis would not."""
+    return x.unsqueeze(-1).expand(*x.shape, size).contiguous()
 
 
 def _cumulative_statistics(
@@ -200,6 +203,7 @@ class _TimestepNorm(torch.autograd.Function):
         var0: Tensor,
         num_groups: int,
         eps: float,
+        y_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _compute_dtype(x)
         groups = x.unflatten(-1, (num_groups, -1)).to(dtype)
@@ -211,39 +215,42 @@ class _TimestepNorm(torch.autograd.Function):
         )
         rstd = (var + eps).rsqrt()
         size = groups.shape[-1]
-        y = groups.flatten(-2) - _spread(mean.to(dtype), size)
+        y = groups - _spread(mean.to(dtype), size)
         y *= _spread(rstd.to(dtype), size)
-        y = torch.addcmul(bias.to(dtype), y, (weight + 1).to(dtype))
+        y = torch.addcmul(bias.to(dtype), y.flatten(-2), (weight + 1).to(dtype))
         ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
         ctx.bias_dtype = bias.dtype
-        return y.to(x.dtype), mean[:, -1].clone(), var[:, -1].clone()
+        return y.to(y_dtype), mean[:, -1].clone(), var[:, -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple:
         x, weight, count, mean0, mean, rstd, inverse = ctx.saved_tensors
-        dtype, size = _compute_dtype(x), x.shape[-1] // mean.shape[-1]
-        grad_y = grad_y.to(dtype)
+        dtype, groups = _compute_dtype(x), mean.shape[-1]
+        size = x.shape[-1] // groups
+
+        def by_group(full: Tensor) -> Tensor:
+            return full.unflatten(-1, (groups, size)).to(dtype)
+
+        grad_y, scale = by_group(grad_y), by_group(weight + 1)
         rstd_x = _spread(rstd.to(dtype), size)
-        centred = x.to(dtype) - _spread(mean.to(dtype), size)
-        grad_weight = ((grad_y * centred).mul_(rstd_x)).sum((0, 1))
-        grad_bias = grad_y.sum((0, 1))
-        grad_normed = grad_y * (weight + 1).to(dtype)
-        grad_x = grad_normed * rstd_x
+        centred = by_group(x) - _spread(mean.to(dtype), size)
+        grad_weight = ((grad_y * centred).mul_(rstd_x)).sum((0, 1)).flatten()
+        grad_bias = grad_y.sum((0, 1)).flatten()
+        grad_x = (grad_y * scale).mul_(rstd_x)
         # Per group, in the dtype of the statistics: to the mean, and to the variance.
-        by_group = [t.unflatten(-1, (-1, size)) for t in (grad_x, centred)]
-        to_mean = -by_group[0].sum(-1).to(mean.dtype)
-        to_var = torch.linalg.vecdot(*by_group).to(mean.dtype) * rstd.square() * -0.5
+        to_mean = -grad_x.sum(-1).to(mean.dtype)
+        to_var = torch.linalg.vecdot(grad_x, centred).to(mean.dtype) * rstd.square() * -0.5
         to_mean[:, -1] += grad_mean
         to_var[:, -1] += grad_var
         to_mean, to_var = to_mean * inverse, to_var * (2 * inverse)
-        slope = _reverse_cumsum(to_var) / size
-        offset = _reverse_cumsum(to_mean - to_var * mean) / size
+        slope = _reverse_cumsum(to_var / size)
+        offset = _reverse_cumsum((to_mean - to_var * mean) / size)
         # (x - M) slope + (offset + M slope): centred, so that a large mean does not cancel.
         offset = offset + mean * slope
         grad_x.addcmul_(centred, _spread(slope.to(dtype), size))
         grad_x += _spread(offset.to(dtype), size)
-        grad_x = grad_x.to(x.dtype)
+        grad_x = grad_x.flatten(-2).to(x.dtype)
         seen = count.to(mean.dtype).unsqueeze(-1)
         start = mean0.unsqueeze(1)
         grad_mean0 = seen * (to_mean + to_var * (start - mean)).sum(1)
@@ -255,6 +262,7 @@ class _TimestepNorm(torch.autograd.Function):
             None,
             grad_mean0,
             grad_var0,
+            None,
             None,
             None,
         )

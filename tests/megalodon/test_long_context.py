@@ -195,7 +195,7 @@ def literal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         modeling_megalodon,
         "timestep_norm",
-        lambda x, weight, bias, groups, eps, state, segments: timestep_norm_reference(
+        lambda x, weight, bias, groups, eps, state, segments, dtype: timestep_norm_reference(
             x, weight, bias, groups, eps, state
         ),
     )

@@ -1,21 +1,33 @@
 import pytest
 import torch
 
-from megalodon.ops.scan import GROUP, block_scan, block_scan_reference, complex_power
+from megalodon.ops.scan import (
+    GROUP,
+    block_scan,
+    block_scan_reference,
+    complex_power,
+    group_blocks,
+)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_first", [False, True])
-@pytest.mark.parametrize("with_keep", [False, True])
-@pytest.mark.parametrize("n", [1, 2, GROUP, GROUP + 1, 3 * GROUP + 5, GROUP**2 + GROUP + 3])
-def test_grouped_scan_equals_the_recurrence(n: int, with_keep: bool, with_first: bool) -> None:
+@pytest.mark.parametrize("with_through", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2, GROUP, GROUP + 1, 3 * GROUP + 5, GROUP**2 + GROUP + 3])
+def test_grouped_scan_equals_the_recurrence(
+    blocks: int, with_through: bool, with_first: bool, reverse: bool
+) -> None:
     torch.manual_seed(0)
-    s = torch.randn(2, n, 2, 3, 4, dtype=torch.float64)
-    first = torch.randn(2, 2, 3, 4, dtype=torch.float64) if with_first else None
-    keep = (torch.rand(n, 2, 1, 1) < 0.8).double() if with_keep else None
+    size, groups = group_blocks(blocks)
+    assert blocks <= size * groups < blocks + GROUP
+    s = torch.randn(2, 3, size, groups, 2, 4, dtype=torch.float64)
+    first = torch.randn(2, 3, 2, 4, dtype=torch.float64) if with_first else None
+    through = (torch.rand(size, groups, 2) < 0.8).double() if with_through else None
     log_rho = -torch.rand(3, 4, dtype=torch.float64) * 0.02
     turns = torch.rand(3, 4, dtype=torch.float64)
-    arguments = (s, first, log_rho, turns, 32, keep)
-    found, expected = block_scan(*arguments), block_scan_reference(*arguments)
+    arguments = (s, first, log_rho, turns, 32, through)
+    found = block_scan(*arguments, reverse=reverse)
+    expected = block_scan_reference(*arguments, reverse=reverse)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
