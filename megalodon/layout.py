@@ -67,14 +67,13 @@ def read_layout(
     uniform = 0 if cache is None else cache.uniform_length
 
     if mask is None and border is None:
-        if length == 1 and lengths is not None:
+        if length == 1 and lengths is not None and uniform is None and return_state:
             offset = lengths % chunk_size
-            if uniform is None:
-                return Layout(rotary[offset].unsqueeze(1), offset, None, return_state)
-            place = uniform % chunk_size
-            return Layout(rotary[place : place + 1], offset, None, return_state)
+            return Layout(rotary[offset].unsqueeze(1), offset, None, return_state)
         if uniform is not None:
             start = uniform % chunk_size
+            if length == 1:
+                return Layout(rotary[start : start + 1], start, None, return_state)
             places = torch.arange(start, start + length, device=x.device) % chunk_size
             return Layout(rotary[places], start, None, return_state)
 

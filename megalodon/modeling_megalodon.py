@@ -567,6 +567,19 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own, without the mask and the positions once a cache holds what they say
+        of the past: they would grow by a column with every token."""
+        if outputs.past_key_values is not None:
+            model_kwargs.pop("attention_mask", None)
+            model_kwargs.pop("position_ids", None)
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **kwargs
+        )
+        return updated
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
     ) -> None:

@@ -101,6 +101,8 @@ def chunk_attention(
         if length != 1 or state is None:
             raise ValueError("rows with different offsets take one token at a time or segments")
         return _decode(q, k, v, state, offset, dropout)
+    if length == 1 and state is not None and return_state and not torch.is_grad_enabled():
+        return _decode(q, k, v, state, offset, dropout)
 
     head = min(length, chunk_size - offset) if offset else 0
     pieces = []
@@ -141,12 +143,17 @@ def _attend(
         q, k, v = _equal_heads(q, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
         return y[..., :size].transpose(1, 2)
-    bias = q.new_zeros(1, 1, queries, keys)
-    seen = _causal(queries, keys, q.device) if mask is None else mask
-    bias = bias.masked_fill(~seen, -torch.inf)
-    heads = bias.expand(q.shape[0], q.shape[1], queries, keys).reshape(-1, queries, keys)
-    scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    weights = F.dropout(scores.softmax(-1), dropout)
+    if queries == 1 and mask is None:
+        scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    else:
+        bias = q.new_zeros(1, 1, queries, keys)
+        seen = _causal(queries, keys, q.device) if mask is None else mask
+        bias = bias.masked_fill(~seen, -torch.inf)
+        heads = bias.expand(q.shape[0], q.shape[1], queries, keys).reshape(-1, queries, keys)
+        scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    weights = scores.softmax(-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]).transpose(1, 2)
 
 
@@ -165,18 +172,27 @@ def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def _decode(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, offset: Tensor, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState,
+    offset: int | Tensor,
+    dropout: float,
 ) -> tuple[Tensor, AttentionState]:
-    """One token for each row, at its own place in its own chunk."""
-    slot = offset.view(-1, 1, 1, 1)
+    """One token for each row, at one place in the chunk for all, or at its own in its own."""
     keys, values = state
     if torch.is_grad_enabled():
         keys, values = keys.clone(), values.clone()
-    keys.scatter_(1, slot.expand_as(k), k.to(keys.dtype))
-    values.scatter_(1, slot.expand_as(v), v.to(values.dtype))
-    seen = torch.arange(keys.shape[1], device=q.device) <= offset.unsqueeze(1)
-    mask = seen[:, None, None]  # (B, 1, 1, C)
-    y = _attend(q, keys.to(q.dtype), values.to(v.dtype), dropout, False, mask)
+    if isinstance(offset, int):
+        keys[:, offset], values[:, offset] = k[:, 0], v[:, 0]
+        seen_keys, seen_values, mask = keys[:, : offset + 1], values[:, : offset + 1], None
+    else:
+        slot = offset.view(-1, 1, 1, 1)
+        keys.scatter_(1, slot.expand_as(k), k.to(keys.dtype))
+        values.scatter_(1, slot.expand_as(v), v.to(values.dtype))
+        seen = torch.arange(keys.shape[1], device=q.device) <= offset.unsqueeze(1)
+        seen_keys, seen_values, mask = keys, values, seen[:, None, None]  # (B, 1, 1, C)
+    y = _attend(q, seen_keys.to(q.dtype), seen_values.to(v.dtype), dropout, False, mask)
     return y, AttentionState(keys, values)
 
 

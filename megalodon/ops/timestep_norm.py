@@ -101,6 +101,8 @@ def timestep_norm(
     dtype = dtype or x.dtype
     if state is None:
         state = initial_state(x, num_groups)
+    if segments is None and x.shape[1] == 1:
+        return _step(x, weight, bias, num_groups, eps, state, dtype)
     if segments is None:
         y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps, dtype)
         return y, TimestepNormState(state.steps + x.shape[1], mean, var)
@@ -120,6 +122,30 @@ def timestep_norm(
         torch.where(seen, final_mean, state.mean),
         torch.where(seen, final_var, state.var),
     )
+
+
+def _step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    state: TimestepNormState,
+    dtype: torch.dtype,
+) -> tuple[Tensor, TimestepNormState]:
+    """One step, for decoding: the same formulas with few and small operations."""
+    groups = x[:, 0].unflatten(-1, (num_groups, -1)).to(_compute_dtype(x))  # (B, G, D/G)
+    step_var, step_mean = torch.var_mean(groups, -1, correction=0)
+    seen = state.steps.unsqueeze(1).to(state.mean.dtype)
+    inverse = (seen + 1).reciprocal()
+    delta = step_mean - state.mean
+    mean = torch.addcmul(state.mean, delta, inverse)
+    weighted = delta.square() * inverse + state.var
+    var = torch.addcmul(step_var, weighted, seen) * inverse
+    rstd = (var + eps).rsqrt()
+    normed = (groups - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    y = torch.addcmul(bias, normed.flatten(1), weight + 1)
+    return y.to(dtype).unsqueeze(1), TimestepNormState(state.steps + 1, mean, var)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

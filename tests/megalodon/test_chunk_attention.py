@@ -74,11 +74,13 @@ def test_decoding_rows_at_different_places_equals_the_whole() -> None:
             torch.testing.assert_close(y[:, 0], whole[torch.arange(2), at])
 
 
-def test_decoding_writes_into_the_state_without_a_new_allocation() -> None:
+@pytest.mark.parametrize("offset", [3, torch.tensor([0, 3])])
+def test_decoding_writes_into_the_state_without_a_new_allocation(offset: int | Tensor) -> None:
     q, k, v = qkv(1)
     state = AttentionState(k.new_zeros(2, C, 3, 4), v.new_zeros(2, C, 3, 6))
     with torch.no_grad():
-        _, after = chunk_attention(q, k, v, C, state=state, offset=torch.tensor([0, 3]))
+        _, after = chunk_attention(q, k, v, C, state=state, offset=offset, return_state=True)
+    assert after is not None
     assert after.keys.data_ptr() == state.keys.data_ptr()
     assert after.values.data_ptr() == state.values.data_ptr()
 

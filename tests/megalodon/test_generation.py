@@ -277,6 +277,23 @@ def test_generation_goes_on_from_a_returned_state(
         mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
 
 
+def test_nothing_that_grows_is_handed_to_a_step(
+    model: MegalodonForCausalLM, prompt: Tensor
+) -> None:
+    sizes = []
+
+    def watch(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        sizes.append(sum(part.numel() for part in given if isinstance(part, Tensor)))
+
+    text, mask = padded(prompt, (3, 2 * CHUNK + 1))
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    model.generate(text, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    hook.remove()
+    assert sizes[0] >= 2 * text.numel()
+    assert sizes[1:] == [len(text)] * (NEW - 1)
+
+
 @torch.no_grad()
 def test_generation_goes_on_from_a_state_read_by_hand(
     model: MegalodonForCausalLM, prompt: Tensor
