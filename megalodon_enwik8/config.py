@@ -7,6 +7,7 @@ the file, the key, the value and the remedy.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ class ExperimentConfig(BaseModel):
     init_mode: Literal["he", "xavier", "bert", "gaussian", "none"] = _megalodon("he")
     hidden_dropout: Probability = _megalodon(0.0)
     dropout: Probability = _megalodon(0.0)
+    ablation: Literal["none", "no_cema", "layer_norm"] = _megalodon("none")  # see ablations.py
 
     # Llama
     dim: Width = _llama(384)
@@ -106,7 +108,9 @@ class ExperimentConfig(BaseModel):
     num_batches: Count = 1200  # training steps
     batch_size: Count = 1  # sequences in a micro-batch
     grad_accum_every: Count = 16  # micro-batches in a step; how they split changes no result
-    learning_rate: Annotated[Real, Field(gt=0)] = 4e-4
+    learning_rate: Annotated[Real, Field(gt=0)] = 4e-4  # its highest, where it changes
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: to zero at the end
+    warmup_steps: Interval = 0  # steps in which the learning rate rises linearly
     weight_decay: Annotated[Real, Field(ge=0)] = 2e-4
     grad_clip_norm: Annotated[Real, Field(gt=0)] = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient of nan or inf does
@@ -155,6 +159,11 @@ class ExperimentConfig(BaseModel):
                     f"dim_head={self.dim_head}: must be even, since RoPE rotates pairs; "
                     f"try {self.dim_head + 1}"
                 )
+        if self.warmup_steps > self.num_batches:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}: must be at most "
+                f"num_batches={self.num_batches}, all steps of the run"
+            )
         return self
 
     def _check_multiple(self, name: str, divisor_name: str) -> None:
@@ -172,6 +181,16 @@ class ExperimentConfig(BaseModel):
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.seq_len
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step 0 .. num_batches - 1: a linear rise over `warmup_steps`, then
+        constant, or half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983) to zero."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / (self.num_batches - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def used(self) -> dict[str, Any]:
         """The keys that this run's model reads, with their values, in the order of the schema."""

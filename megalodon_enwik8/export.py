@@ -97,6 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path = Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
+    ablation = checkpoint.experiment(path).ablation
+    if ablation != "none":
+        raise UserError(
+            f"{path}: trained with ablation={ablation}, for which the library has no model; only "
+            "whole Megalodons and Llamas are exported"
+        )
     model = restore_model(checkpoint, path)
     export_model(model, target, overwrite=options.overwrite)
     print(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
+from megalodon_enwik8.ablations import ablate
 from megalodon_enwik8.config import ExperimentConfig
 
 
 def build_megalodon(config: ExperimentConfig) -> MegalodonForCausalLM:
     """A freshly initialised Megalodon in float32; the caller seeds torch's generator."""
-    return MegalodonForCausalLM(
+    model = MegalodonForCausalLM(
         MegalodonConfig(
             vocab_size=config.num_tokens,
             model_dim=config.model_dim,
@@ -32,3 +33,5 @@ def build_megalodon(config: ExperimentConfig) -> MegalodonForCausalLM:
             hidden_dropout=config.hidden_dropout,
         )
     )
+    ablate(model, config.ablation)
+    return model

@@ -225,6 +225,8 @@ class Trainer:
         began = time.perf_counter()
         torch.manual_seed(derive_seed(config.seed, step, "dropout"))
         batch, states = self._draw_batch()
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
         loss, grad_norm = train_step(
             self.model, self.optimizer, batch.to(self.device), config, states
         )
@@ -429,7 +431,8 @@ def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfi
         {**each.used(), "batch_size x grad_accum_every": each.sequences_per_step}
         for each in (before, config)
     )
-    differing = [key for key in now if key not in FREE_ON_RESUME and then[key] != now[key]]
+    free = FREE_ON_RESUME - ({"num_batches"} if config.schedule == "cosine" else set())
+    differing = [key for key in now if key not in free and then[key] != now[key]]
     if differing:
         changes = ", ".join(f"{key}={now[key]} (was {then[key]})" for key in differing)
         raise UserError(f"{path}: the run to resume has another config: {changes}; set it back")

@@ -85,6 +85,7 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("batch_size: '4'", "x.yaml: batch_size=4: must be a whole number"),
         ("learning_rate: fast", "x.yaml: learning_rate=fast: must be a number"),
         ("learning_rate: 0", "x.yaml: learning_rate=0: must be > 0"),
+        ("warmup_steps: 1201", "warmup_steps=1201: must be at most num_batches=1200, all steps"),
         ("learning_rate: .nan", "x.yaml: learning_rate=nan: must be a finite number"),
         ("learning_rate: 1e999", "x.yaml: learning_rate=1e999: must be a finite number"),
         ("attention_dropout: 1", "x.yaml: attention_dropout=1: must be < 1"),
@@ -247,3 +248,15 @@ def test_a_config_survives_its_own_file(
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(path) == config
+
+
+def test_learning_rate_rises_then_stays_or_falls() -> None:
+    def rates(**changes: Any) -> list[float]:
+        config = make_config({"run_dir": "x", "learning_rate": 1.0, "num_batches": 8} | changes, "")
+        return [config.learning_rate_at(step) for step in range(8)]
+
+    assert rates() == [1.0] * 8
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    half_wave = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert rates(warmup_steps=4, schedule="cosine") == [0.25, 0.5, 0.75, 1.0, *half_wave]
+    assert rates(warmup_steps=8, schedule="cosine") == [k / 8 for k in range(1, 9)]

@@ -435,6 +435,13 @@ def test_resuming_with_another_config_names_the_keys(
         train(make_tiny("llama", **changes), resume=NEWEST)
 
 
+def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny: Any) -> None:
+    assert train(make_tiny("llama", schedule="cosine")) == 0
+    longer = make_tiny("llama", schedule="cosine", num_batches=8)
+    with pytest.raises(UserError, match=r"another config: num_batches=8 \(was 6\); set it back"):
+        train(longer, resume=NEWEST)
+
+
 def test_resuming_the_other_model_another_text_or_bare_weights_is_refused(
     make_tiny: Any, tmp_path: Path
 ) -> None:

@@ -1,0 +1,97 @@
+"""Megalodons without a part: what is left is the same, and they still stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalodon import MegalodonCache
+from megalodon_enwik8.ablations import LayerNormInstead
+from megalodon_enwik8.checkpoint import Checkpoint, save_checkpoint
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.export import main as export
+from megalodon_enwik8.models import build_model, count_parameters, summed_loss
+
+ABLATIONS = ["no_cema", "layer_norm"]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_everything_else_is_the_same(make_tiny: Any, ablation: str) -> None:
+    whole = build_model(make_tiny("megalodon")).state_dict()
+    part = build_model(make_tiny("megalodon", ablation=ablation)).state_dict()
+    left_out = {name for name in whole if ".cema." in name} if ablation == "no_cema" else set()
+    assert whole.keys() - part.keys() == left_out
+    assert part.keys() <= whole.keys()
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+def test_parameters_of_the_shipped_size(make_tiny: Any) -> None:
+    config = make_tiny("megalodon", model_dim=384, norm_num_groups=32, cema_ndim=8)
+    whole, without, layer_norm = (
+        count_parameters(build_model(config.model_copy(update={"ablation": ablation})))
+        for ablation in ("none", *ABLATIONS)
+    )
+    assert whole - without == config.num_layers * 384 * (4 * 8 + 2)  # a, d, 2 gamma; theta, omega
+    assert layer_norm == whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_pieces_and_padded_rows_equal_the_whole(make_tiny: Any, ablation: str) -> None:
+    model = build_model(make_tiny("megalodon", ablation=ablation)).eval()
+    text = torch.randint(256, (2, 37))
+    whole = model(text, use_cache=False).logits
+    cache = MegalodonCache(model.config)
+    pieces = [model(p, past_key_values=cache).logits for p in text.split([5, 1, 20, 1, 10], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
+    padded = torch.nn.functional.pad(text, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(text), (3, 0))
+    cache = MegalodonCache(model.config)
+    found = model(padded, attention_mask=mask, past_key_values=cache).logits[:, 3:]
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+    assert cache.lengths is not None
+    assert cache.lengths.tolist() == [37, 37]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_what_is_left_out_has_no_say(make_tiny: Any, ablation: str) -> None:
+    """Without the average, nothing passes a chunk's border but the norm's statistics; with
+    LayerNorm, nothing but the average; with neither, nothing at all."""
+    model = build_model(make_tiny("megalodon", ablation=ablation)).eval()
+    chunk = model.config.chunk_size
+    text = torch.randint(256, (1, 3 * chunk))
+    changed = text.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 256
+
+    def reaches() -> bool:
+        with torch.no_grad():
+            return not torch.equal(model(text).logits[:, chunk:], model(changed).logits[:, chunk:])
+
+    assert reaches()
+    for layer in model.model.layers:
+        if ablation == "no_cema":
+            layer.timestep_norm = LayerNormInstead(model.config)
+        else:
+            layer.cema.alpha.data.fill_(-100.0)  # nothing gets into the state
+    model.model.final_norm = LayerNormInstead(model.config)
+    assert not reaches()
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_weight_is_trained(make_tiny: Any, ablation: str) -> None:
+    model = build_model(make_tiny("megalodon", ablation=ablation))
+    summed_loss(model, torch.randint(256, (2, 25))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_ablated_model_is_not_exported(make_tiny: Any, tmp_path: Path) -> None:
+    config = make_tiny("megalodon", ablation="no_cema")
+    path = tmp_path / "final.pt"
+    state = build_model(config).state_dict()
+    save_checkpoint(path, Checkpoint(config.used(), 3, "", {}, state, None))
+    with pytest.raises(UserError, match="trained with ablation=no_cema, for which the library has"):
+        export([str(path), str(tmp_path / "exported")])
+    assert not (tmp_path / "exported").exists()
