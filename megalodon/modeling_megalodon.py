@@ -141,18 +141,13 @@ class MegalodonQueryKey(Float32Module):
 
     def forward(self, z: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L, Z) -> q, k (B, L, H, Z/H) in the dtype of z."""
-        heads = z.unflatten(-1, (self.num_heads, -1))
+        heads = z.unflatten(-1, (1, self.num_heads, -1))  # (B, L, 1, H, Z/H)
         wide = torch.promote_types(z.dtype, torch.float32)
-        heads = rms_norm(heads, heads.new_zeros(heads.shape[-1]), self.eps, wide)
-        scale = (self.gamma + 1) / math.sqrt(heads.shape[-1])
-        q, k = (
-            apply_rotary(torch.addcmul(b, heads, s), rotary).to(z.dtype)
-            for s, b in zip(self._split(scale), self._split(self.beta), strict=True)
-        )
+        normed = rms_norm(heads, None, self.eps, wide)
+        scale = ((self.gamma + 1) / math.sqrt(heads.shape[-1])).view(2, self.num_heads, -1)
+        both = torch.addcmul(self.beta.view_as(scale), normed, scale)
+        q, k = apply_rotary(both, rotary.unsqueeze(-3)).to(z.dtype).unbind(2)
         return q, k
-
-    def _split(self, parameter: Tensor) -> tuple[Tensor, ...]:
-        return parameter.unflatten(-1, (self.num_heads, -1)).unbind(0)
 
 
 class MegalodonFFN(nn.Module):

@@ -111,13 +111,16 @@ def cema(
 def _step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """One step of the recurrence, for decoding."""
     u = x[:, 0].to(c.p.dtype)
-    pu = c.p * u.unsqueeze(-1)  # (B, D, N)
-    re, im = pu, torch.zeros_like(pu)
+    re = c.p * u.unsqueeze(-1)  # (B, D, N)
+    im = torch.zeros_like(re)
     if state is not None:
-        q_re, q_im = complex_power(c.log_rho, c.turns, x.new_ones(()))
+        rho, angle = c.log_rho.exp(), c.turns * (2 * math.pi)
+        q_re, q_im = rho * angle.cos(), rho * angle.sin()
         h_re, h_im = state.unbind(-1)
-        re, im = re + q_re * h_re - q_im * h_im, q_re * h_im + q_im * h_re
-    y = (c.g_re * re - c.g_im * im).sum(-1) + c.omega * u
+        re = torch.addcmul(torch.addcmul(re, q_re, h_re), q_im, h_im, value=-1)
+        im = torch.addcmul(q_re * h_im, q_im, h_re)
+    read = torch.linalg.vecdot(c.g_re, re) - torch.linalg.vecdot(c.g_im, im)
+    y = torch.addcmul(read, c.omega, u)
     return y.unsqueeze(1).to(x.dtype), torch.stack([re, im], dim=-1)
 
 

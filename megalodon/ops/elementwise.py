@@ -36,19 +36,21 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + 1) over the last axis. Arguments as rms_norm."""
     wide = x.to(_wide(x))
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight + 1)).to(dtype)
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normed if weight is None else normed * (weight + 1)).to(dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467).
 
     Computed in float32, or float64 where x is.
 
     Args:
-        x: (..., D). weight: (D,), the scale minus one. eps: added to the mean square.
+        x: (..., D). weight: (D,), the scale minus one, or ``None`` for no scale.
+        eps: added to the mean square.
         dtype: of the result.
     """
     result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
@@ -57,23 +59,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
         wide = x.to(_wide(x))
         rstd = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_((weight + 1).to(wide.dtype)).to(dtype)
+        normed = wide * rstd
+        if weight is not None:
+            normed.mul_((weight + 1).to(wide.dtype))
+        return normed.to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, rstd = ctx.saved_tensors
         wide, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
         normed = wide * rstd
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * (weight + 1).to(grad.dtype)
+        grad_weight = None
+        if weight is not None:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            grad = grad * (weight + 1).to(grad.dtype)
         along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
         grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
