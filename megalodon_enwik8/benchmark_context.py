@@ -262,7 +262,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, Cell]) -> str:
 def _parts_table(row: dict[str, Any]) -> str:
     plain, products = row["forward_seconds"], row["matrix_products_seconds"]
     with_state, average = row["forward_with_state_seconds"], row["cema_seconds"]
-    literal = row["cema_reference_seconds"]
+    literal, narrow = row["cema_reference_seconds"], row["cema_bfloat16_seconds"]
     lines = [
         f"**A Megalodon's forward pass** over {row['context']:,} bytes, {row['layers']} layers, "
         "one row, float32:",
@@ -273,7 +273,9 @@ def _parts_table(row: dict[str, Any]) -> str:
         f"| forward pass | {plain:.3f} | {plain / products:.2f} x the products |",
         f"| with the state after it | {with_state:.3f} | {with_state / plain:.2f} x the plain |",
         f"| one layer's CEMA with its last state | {average:.4f} | |",
-        f"| its recurrence, step by step | {literal:.3f} | {literal / average:.0f} x |",
+        f"| the same of a bfloat16 input | {narrow:.4f} | |",
+        f"| its recurrence, step by step | {literal:.3f} | {literal / average:.0f} x CEMA, "
+        f"{literal / narrow:.0f} x in bfloat16 |",
     ]
     return "\n".join(lines)
 

@@ -166,11 +166,13 @@ def _parts(task: Task, config: ExperimentConfig, model: PreTrainedModel) -> dict
     average = next(m for m in model.modules() if isinstance(m, MegalodonCEMA))
     c = cema_coefficients(average.alpha, average.delta, average.theta, average.gamma, average.omega)
     x = torch.randn(1, task.context, average.omega.shape[0], device=device)
+    narrow = x.bfloat16()
     functions: dict[str, Callable[[], Any]] = {
         "forward_seconds": lambda: model(prompt, use_cache=False),
         "forward_with_state_seconds": lambda: model(prompt, use_cache=True),
         "matrix_products_seconds": lambda: [F.linear(inputs[w.shape[1]], w) for w in weights],
         "cema_seconds": lambda: cema(x, c, return_state=True),
+        "cema_bfloat16_seconds": lambda: cema(narrow, c, return_state=True),
         "cema_reference_seconds": lambda: cema_reference(x, c),
     }
     times: dict[str, list[float]] = {name: [] for name in functions}
