@@ -69,7 +69,8 @@ def session(device: torch.device, compiled: str, start: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "compile": compiled,
@@ -82,6 +83,16 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} of {os.cpu_count()} cores)"
     return device.type
+
+
+def _processor() -> str:
+    """What the CPU calls itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
 
 
 def _commit() -> str | None:

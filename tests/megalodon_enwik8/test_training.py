@@ -96,6 +96,7 @@ def test_the_folder_tells_config_environment_and_weights(make_tiny: Any, text_fi
     assert environment["corpus"]["train_bytes"] == 18_000
     assert environment["corpus"]["val_bytes"] == 2_000
     assert environment["sessions"][0]["torch"] == torch.__version__
+    assert environment["sessions"][0]["processor"]
     assert [p.name for p in sorted(folder.glob("*.pt"))] == [
         "best.pt",
         "checkpoint_00000006.pt",
