@@ -98,7 +98,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         help="give up a measurement after so long (%(default)s)",
     )
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument("--compile", action="store_true", help="train with compiled layers")
+    parser.add_argument(
+        "--compile", action="store_true", help="train and write with compiled layers"
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--out", default="runs/benchmark", metavar="DIR", help="for context.json, .md and .png"

@@ -22,7 +22,13 @@ from transformers import PreTrainedModel
 from megalodon_enwik8.config import ExperimentConfig, make_config
 from megalodon_enwik8.description import device_name
 from megalodon_enwik8.errors import run_main
-from megalodon_enwik8.models import build_model, compile_layers, keeps_a_state, new_state
+from megalodon_enwik8.models import (
+    build_model,
+    compile_layers,
+    decoder_layers,
+    keeps_a_state,
+    new_state,
+)
 from megalodon_enwik8.training import make_optimizer, train_step
 from megalodon_enwik8.utils import choose_device, keep_freed_memory, peak_memory_bytes
 
@@ -124,7 +130,12 @@ def _decode(task: Task, config: ExperimentConfig, model: PreTrainedModel) -> dic
     times = _repeat(prefill, task, device)
     token = prompt[:, -1:]
     steps = []
-    for _ in range(task.new_tokens):
+    warm_up = 0
+    if task.compile:
+        warm_up = 8  # among them one for a first size, and one for all others
+        for layer in decoder_layers(model):
+            layer.compile()
+    for _ in range(warm_up + task.new_tokens):
         began = time.perf_counter()
         output = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
@@ -133,8 +144,8 @@ def _decode(task: Task, config: ExperimentConfig, model: PreTrainedModel) -> dic
     return {
         "prefill_seconds": min(times),
         "prefill_tokens_per_second": task.context / min(times),
-        "decode_seconds": statistics.median(steps),
-        "decode_tokens_per_second": 1 / statistics.median(steps),
+        "decode_seconds": statistics.median(steps[warm_up:]),
+        "decode_tokens_per_second": 1 / statistics.median(steps[warm_up:]),
         "state_bytes": _state_bytes(cache),
     }
 

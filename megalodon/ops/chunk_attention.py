@@ -184,7 +184,7 @@ def _decode(
     if torch.is_grad_enabled():
         keys, values = keys.clone(), values.clone()
     if isinstance(offset, int):
-        keys[:, offset], values[:, offset] = k[:, 0], v[:, 0]
+        keys[:, offset : offset + 1], values[:, offset : offset + 1] = k, v
         seen_keys, seen_values, mask = keys[:, : offset + 1], values[:, : offset + 1], None
     else:
         slot = offset.view(-1, 1, 1, 1)

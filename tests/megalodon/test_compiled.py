@@ -1,0 +1,24 @@
+import torch
+import torch._dynamo.testing
+
+from megalodon import MegalodonCache
+
+from .models import CHUNK, tiny_model
+
+
+@torch.no_grad()
+def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations() -> None:
+    eager, compiled = tiny_model(), tiny_model()
+    counter = torch._dynamo.testing.CompileCounter()
+    for layer in compiled.model.layers:
+        layer.compile(backend=counter)
+    text = torch.randint(0, 256, (2, 3 * CHUNK + 2))
+    caches = [MegalodonCache(model.config) for model in (eager, compiled)]
+    for token in text.split(1, dim=1):
+        expected, found = (
+            model(token, past_key_values=cache).logits
+            for model, cache in zip((eager, compiled), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # Without a state, at the first place of a chunk, at the second, at any other.
+    assert counter.frame_count <= 5
