@@ -45,7 +45,8 @@ def rotary_table(
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + d/2}) of x (B, L, ..., H, d) by rotary (B or none, L, ..., 2, d/2)."""
+    """Turn the pairs (x_i, x_{i + d/2}) of x (B, L, ..., H, d) by rotary (L, ..., 2, d/2), which
+    may begin with B."""
     cos, sin = rotary.unsqueeze(-3).unbind(-2)  # (..., L, 1, d/2)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
