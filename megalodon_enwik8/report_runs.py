@@ -1,0 +1,349 @@
+"""Run folders, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.report_statistics import Point
+from megalodon_enwik8.run_folder import read_metrics
+from megalodon_enwik8.training import FREE_ON_RESUME
+
+MODELS = ("megalodon", "llama")
+_FILES = ("config.yaml", "environment.json", "metrics.jsonl")  # of a run folder
+NAMES = {"megalodon": "Megalodon", "llama": "Llama"}
+
+PROTOCOL: Mapping[str, Any] = {
+    name: field.default for name, field in ExperimentConfig.model_fields.items()
+}
+"""The protocol's settings: those of both models are the schema's defaults."""
+
+# Compared between the runs of a table, or without influence on the figures.
+_NEUTRAL_KEYS = FREE_ON_RESUME | {"model", "seed", "seq_len", "val_batches", "on_nonfinite"}
+
+
+class Settings(BaseModel):
+    """The keys of config.yaml that the report asks for."""
+
+    model: Literal["megalodon", "llama"]
+    seed: int
+    num_batches: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    grad_accum_every: int = Field(ge=1)
+    seq_len: int = Field(ge=1)
+    val_batches: int
+    learning_rate: FiniteFloat
+    schedule: str
+    warmup_steps: int
+    carry_state: bool
+    ablation: str
+    chunk_size: int
+    cema_ndim: int
+    generate_prompt_len: int
+    generate_length: int
+    temperature: float
+    min_p: float
+
+
+class CorpusFacts(BaseModel):
+    name: str
+    sha256: str
+    train_bytes: int
+    val_bytes: int
+
+    @property
+    def size(self) -> int:
+        return self.train_bytes + self.val_bytes
+
+
+class Session(BaseModel):
+    """One start of a run, or one resumption."""
+
+    device: str
+    threads: int
+    torch: str
+    commit: str | None = None
+    transformers: str = "unknown"
+    python: str = "unknown"
+    compile: str = "unknown"
+
+
+class Environment(BaseModel):
+    corpus: CorpusFacts
+    parameters: int
+    sessions: list[Session] = Field(min_length=1)
+
+
+class Row(BaseModel):
+    """A line of metrics.jsonl. The end's has no train_loss, that of a skipped step a null."""
+
+    step: int = Field(ge=0)
+    seconds: FiniteFloat
+    train_loss: FiniteFloat | None = None
+    tokens_per_second: FiniteFloat | None = Field(None, gt=0)
+    val_loss: FiniteFloat | None = None
+    full_val_loss: FiniteFloat | None = None
+    skipped_steps: int = 0
+    peak_memory_bytes: int | None = None
+    sample: str | None = None
+
+
+class Evaluation(BaseModel):
+    """What `python -m megalodon_enwik8.evaluation` writes."""
+
+    step: int
+    model: str
+    corpus_sha256: str
+    split: str
+    reading: dict[str, int]
+    loss: FiniteFloat
+
+
+class Setting(NamedTuple):
+    """What may differ between the two models of a fair fight."""
+
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+
+
+class Contender(NamedTuple):
+    """A model, and whether it trains with the state carried from step to step."""
+
+    model: str
+    carried: bool
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.model] + (" with carried state" if self.carried else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    settings: Settings
+    differences: Mapping[str, Any]  # from the protocol's settings
+    environment: Environment
+    points: Sequence[Point]  # its validations, the last at the end
+    end: Row
+    peak_memory_bytes: int | None
+    full_loss: float | None  # of the whole validation split, in windows of seq_len
+    streamed_loss: float | None  # of the whole validation split, read as a stream
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
+
+    @property
+    def steps(self) -> int:
+        return self.settings.num_batches
+
+    @property
+    def sequences(self) -> int:
+        return self.settings.batch_size * self.settings.grad_accum_every
+
+    @property
+    def bytes_per_step(self) -> int:
+        return self.sequences * self.settings.seq_len
+
+    @property
+    def seconds(self) -> float:
+        return self.end.seconds
+
+    @property
+    def loss(self) -> float:
+        return self.points[-1].loss
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.steps * self.bytes_per_step / self.seconds
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(
+            self.settings.learning_rate, self.settings.schedule, self.settings.warmup_steps
+        )
+
+    @property
+    def contender(self) -> Contender:
+        return Contender(self.settings.model, self.settings.carry_state)
+
+    def loss_at(self, step: int) -> float | None:
+        """The validation loss after so many steps; None if there was no validation."""
+        return next((point.loss for point in self.points if point.step == step), None)
+
+
+Group = Mapping[int, Run]
+"""Runs that differ in their seeds alone, by seed."""
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """The run folders among `paths` and, where one is no run folder, inside it; each once."""
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        for folder in _runs_inside(path) or [path]:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
+
+
+def _runs_inside(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    if any((folder / name).exists() for name in _FILES):
+        return [folder]
+    return [run for inside in sorted(folder.iterdir()) for run in _runs_inside(inside)]
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder. Raises UserError, one line each, for what is missing or damaged, and
+    for a run that has not come to its end."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    given = _read_config(folder)
+    settings = _check(Settings, {**PROTOCOL, **given}, f"{folder / 'config.yaml'}")
+    environment = _read_json(Environment, folder / "environment.json")
+    rows = _read_rows(folder)
+    end = rows[-1]
+    if end.step != settings.num_batches or "train_loss" in end.model_fields_set:
+        raise UserError(
+            f"{folder}: still going or cut off, after {end.step + 1} of {settings.num_batches} "
+            f"steps: resume it with --resume, or wait"
+        )
+    peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
+    run = Run(
+        path=folder,
+        settings=settings,
+        differences={
+            key: value
+            for key, value in given.items()
+            if key not in _NEUTRAL_KEYS and (key not in PROTOCOL or value != PROTOCOL[key])
+        },
+        environment=environment,
+        points=_points(rows, settings, folder / "metrics.jsonl"),
+        end=end,
+        peak_memory_bytes=max(peaks, default=None),
+        full_loss=end.full_val_loss,
+        streamed_loss=None,
+    )
+    return _with_evaluations(run)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml as it stands: folders stay readable when the schema's rules change."""
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(_read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+        raise UserError(f"{path}: not valid YAML") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold `key: value` lines")
+    return {str(key): value for key, value in values.items()}
+
+
+def _read_rows(folder: Path) -> list[Row]:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: has no metrics.jsonl: it holds no run, or not all of one")
+    rows = [
+        _check(Row, row, f"{path}: line {number}")
+        for number, row in enumerate(read_metrics(path), start=1)
+    ]
+    if not rows:
+        raise UserError(f"{path}: is empty: the run has made no step yet")
+    return rows
+
+
+def _points(rows: Sequence[Row], settings: Settings, path: Path) -> list[Point]:
+    """The validations of a run that has come to its end."""
+    bytes_per_step = settings.batch_size * settings.grad_accum_every * settings.seq_len
+    points: list[Point] = []
+    for number, row in enumerate(rows, start=1):
+        if row.val_loss is None:
+            continue
+        seconds = row.seconds
+        if row is not rows[-1]:
+            # A validation comes before the step of its row, and a row counts its own step.
+            if row.tokens_per_second is None:
+                raise UserError(f"{path}: line {number}: has no tokens_per_second")
+            seconds = max(0.0, seconds - bytes_per_step / row.tokens_per_second)
+        if points and not (points[-1].step < row.step and points[-1].seconds < seconds):
+            raise UserError(f"{path}: line {number}: is not later than the validation before it")
+        points.append(Point(row.step, seconds, row.val_loss))
+    if not points or points[-1].step != rows[-1].step:
+        raise UserError(f"{path}: the last line, of the end of the run, has no val_loss")
+    return points
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: has no {path.name}: it is no whole run folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+
+
+def _read_json(kind: type[Model], path: Path) -> Model:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON") from None
+    return _check(kind, content, str(path))
+
+
+def _check(kind: type[Model], content: object, where: str) -> Model:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {key + ': ' if key else ''}{first['msg']}") from None
+
+
+def _with_evaluations(run: Run) -> Run:
+    """The run with what windows.json and stream.json in its folder add to it."""
+    full, streamed = run.full_loss, run.streamed_loss
+    path = run.path / "windows.json"
+    if path.exists():
+        windows = _read_evaluation(run, path)
+        length = run.settings.seq_len
+        if windows.reading != {"context": length, "stride": length}:
+            raise UserError(f"{path}: is not of windows of {length} side by side, as all others")
+        full = windows.loss
+    path = run.path / "stream.json"
+    if path.exists():
+        stream = _read_evaluation(run, path)
+        if "streams" not in stream.reading:
+            raise UserError(f"{path}: is not of a stream: make it with --stream")
+        streamed = stream.loss
+    return replace(run, full_loss=full, streamed_loss=streamed)
+
+
+def _read_evaluation(run: Run, path: Path) -> Evaluation:
+    result = _read_json(Evaluation, path)
+    of_the_run = {
+        "model": run.settings.model,
+        "step": run.steps,
+        "corpus_sha256": run.environment.corpus.sha256,
+        "split": "val",
+    }
+    for key, value in of_the_run.items():
+        if getattr(result, key) != value:
+            raise UserError(f"{path}: {key} is {getattr(result, key)}, but {value} of the run")
+    return result
