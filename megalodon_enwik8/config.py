@@ -103,6 +103,7 @@ class ExperimentConfig(BaseModel):
     data_bytes: Count | None = None  # read so many bytes; null: 95,000,000 of enwik8, else all
     seq_len: Count = 512
     carry_state: bool = _megalodon(False)  # the sequences of a step go on where the last ended
+    carry_steps: Count | None = _megalodon(None)  # and begin anew after so many; null: at the end
 
     # Optimisation
     num_batches: Count = 1200  # training steps
@@ -147,6 +148,11 @@ class ExperimentConfig(BaseModel):
             self._check_multiple("model_dim", "norm_num_groups")
             self._check_multiple("z_dim", "num_heads")
             self._check_multiple("value_dim", "num_heads")
+            if self.carry_steps is not None and not self.carry_state:
+                raise ValueError(
+                    f"carry_steps={self.carry_steps}: only a run with carry_state: true carries a "
+                    f"state from step to step; set that, or remove carry_steps"
+                )
             if self.z_dim // self.num_heads % 2:
                 raise ValueError(
                     f"z_dim={self.z_dim}: z_dim / num_heads must be even, since RoPE rotates "

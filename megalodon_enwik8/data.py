@@ -235,7 +235,13 @@ def stream_steps(train: Bytes, *, streams: int, seq_len: int) -> int:
 
 
 def stream_batch(
-    train: Bytes, *, seed: int, step: int, streams: int, seq_len: int
+    train: Bytes,
+    *,
+    seed: int,
+    step: int,
+    streams: int,
+    seq_len: int,
+    length: int | None = None,
 ) -> tuple[torch.Tensor, bool]:
     """The rows of step `step` where `train` is read as `streams` texts side by side:
     (streams, seq_len + 1) int64, and whether all streams begin with them.
@@ -245,8 +251,16 @@ def stream_batch(
     `train`; what the division leaves over, less than streams x seq_len bytes, is left out at both
     ends, where the pass's own draw says. A pure function of the arguments, as `training_batch` is.
 
-    Raises UserError if `train` does not fill one step.
+    length: steps after which all streams begin anew, each at a place of its own that is uniform
+    over `train`; with 1, the rows are those of `training_batch`.
+
+    Raises UserError if `train` does not fill one step, or one stream of that length.
     """
+    if length is not None:
+        number, place = divmod(step, length)
+        count = _starts(train, length * seq_len, "training", "carry_steps x seq_len")
+        starts = [_draw(count, seed, number, row) + place * seq_len for row in range(streams)]
+        return _windows(train, starts, seq_len), place == 0
     steps = stream_steps(train, streams=streams, seq_len=seq_len)
     number, place = divmod(step, steps)
     left_over = len(train) - 1 - streams * steps * seq_len
@@ -277,12 +291,12 @@ def _draw(count: int, seed: int, step: int, row: int) -> int:
     return int(philox.random_raw()) * count >> 64
 
 
-def _starts(data: Bytes, seq_len: int, part: str) -> int:
+def _starts(data: Bytes, seq_len: int, part: str, name: str = "seq_len") -> int:
     """How many windows of seq_len + 1 bytes begin in `data`."""
     if len(data) <= seq_len:
         raise UserError(
-            f"seq_len={seq_len}: the {part} part has {len(data)} bytes and needs {seq_len + 1}: "
-            "use a smaller seq_len or more data"
+            f"{name}={seq_len}: the {part} part has {len(data)} bytes and needs {seq_len + 1}: "
+            f"use a smaller {name} or more data"
         )
     return len(data) - seq_len
 

@@ -23,7 +23,6 @@ from megalodon_enwik8.data import (
     check_length,
     load_corpus,
     stream_batch,
-    stream_steps,
     training_batch,
     validation_windows,
 )
@@ -89,7 +88,7 @@ def train(
         corpus = load_corpus(config.data_path, config.data_bytes)
         check_length(corpus, config.seq_len)
         if config.carry_state:
-            stream_steps(corpus.train, streams=config.sequences_per_step, seq_len=config.seq_len)
+            _stream_batch(corpus, config, step=0)  # its errors, before anything is written
         model = build_model(config)
         model.to(device)  # type: ignore[arg-type]
         optimizer = make_optimizer(model, config)
@@ -268,13 +267,7 @@ class Trainer:
                 seq_len=config.seq_len,
             )
             return batch, None
-        batch, begins = stream_batch(
-            self.corpus.train,
-            seed=config.seed,
-            step=self.step,
-            streams=config.sequences_per_step,
-            seq_len=config.seq_len,
-        )
+        batch, begins = _stream_batch(self.corpus, config, step=self.step)
         if begins:
             self.carried.begin()
         return batch, self.carried.caches
@@ -441,6 +434,17 @@ def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfi
             f"num_batches={config.num_batches}: {path} is at step {checkpoint.step} already; "
             f"raise num_batches"
         )
+
+
+def _stream_batch(corpus: Corpus, config: ExperimentConfig, step: int) -> tuple[torch.Tensor, bool]:
+    return stream_batch(
+        corpus.train,
+        seed=config.seed,
+        step=step,
+        streams=config.sequences_per_step,
+        seq_len=config.seq_len,
+        length=config.carry_steps,
+    )
 
 
 def _due(step: int, interval: int) -> bool:

@@ -18,7 +18,7 @@ from megalodon import MegalodonCache
 from megalodon_enwik8 import training
 from megalodon_enwik8.carried_state import CarriedState
 from megalodon_enwik8.checkpoint import load_checkpoint, save_checkpoint
-from megalodon_enwik8.data import load_corpus, stream_batch, stream_steps
+from megalodon_enwik8.data import load_corpus, stream_batch, stream_steps, training_batch
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.models import build_model, compile_layers, new_state
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
@@ -71,6 +71,37 @@ def test_streams_go_on_where_they_ended_and_share_no_byte_to_predict(
         assert length - 1 - len(predicted) < streams * seq_len
 
 
+@given(
+    length=st.integers(1, 4),
+    streams=st.integers(1, 5),
+    seq_len=st.integers(1, 9),
+    size=st.integers(2, 60),
+    seed=st.integers(0, 99),
+)
+def test_short_streams_begin_anew_elsewhere(
+    length: int, streams: int, seq_len: int, size: int, seed: int
+) -> None:
+    places = np.arange(size)
+
+    def batch(step: int) -> tuple[torch.Tensor, bool]:
+        return stream_batch(
+            places, seed=seed, step=step, streams=streams, seq_len=seq_len, length=length
+        )
+
+    if size <= length * seq_len:
+        with pytest.raises(UserError, match=f"carry_steps x seq_len={length * seq_len}: the"):
+            batch(0)
+        return
+    for begin in (0, length):
+        pieces = [batch(begin + place) for place in range(length)]
+        assert [begins for _, begins in pieces] == [True] + [False] * (length - 1)
+        whole = torch.cat([pieces[0][0][:, :1], *(rows[:, 1:] for rows, _ in pieces)], dim=1)
+        assert torch.equal(whole, whole[:, :1] + torch.arange(length * seq_len + 1))
+    if length == 1:
+        expected = training_batch(places, seed=seed, step=3, batch_size=streams, seq_len=seq_len)
+        assert torch.equal(batch(3)[0], expected)
+
+
 def literal_training(config: Any, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Truncated backpropagation through time, written out: one stream after the other."""
     model = build_model(config).train()
@@ -85,6 +116,7 @@ def literal_training(config: Any, steps: int) -> tuple[list[float], dict[str, to
             step=step,
             streams=config.sequences_per_step,
             seq_len=config.seq_len,
+            length=config.carry_steps,
         )
         if begins:
             caches = [MegalodonCache(model.config) for _ in caches]
@@ -104,15 +136,18 @@ def literal_training(config: Any, steps: int) -> tuple[list[float], dict[str, to
 
 
 @pytest.mark.parametrize("seq_len", [16, 21], ids=["whole chunks", "parts of chunks"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "carry_steps"), [(False, None), (True, None), (False, 2)]
+)
 def test_carried_training_is_truncated_backpropagation_through_time(
-    make_tiny: Any, seq_len: int, checkpointing: bool
+    make_tiny: Any, seq_len: int, checkpointing: bool, carry_steps: int | None
 ) -> None:
     # 900 bytes are three steps: a pass ends within the run.
     streams = 900 // seq_len // 3
     config = make_tiny(
         "megalodon",
         carry_state=True,
+        carry_steps=carry_steps,
         data_bytes=1000,
         seq_len=seq_len,
         batch_size=streams,
@@ -280,6 +315,10 @@ def test_the_key_is_refused_where_it_cannot_work(make_tiny: Any) -> None:
         make_tiny("llama", carry_state=True)
     with pytest.raises(UserError, match="carry_state=true: 12 streams of seq_len=1500 need 18001"):
         train(make_tiny("megalodon", carry_state=True, seq_len=1500, batch_size=6))
+    with pytest.raises(ValueError, match="carry_steps=2: only a run with carry_state: true"):
+        make_tiny("megalodon", carry_steps=2)
+    with pytest.raises(UserError, match="carry_steps x seq_len=19200: the training part has 18000"):
+        train(make_tiny("megalodon", carry_state=True, carry_steps=800))
     config = make_tiny("megalodon", carry_state=True, seq_len=20, compile=True)
     with pytest.raises(UserError, match="make seq_len=20 a multiple of chunk_size=8"):
         compile_layers(build_model(config), config, steps=1)
