@@ -52,20 +52,22 @@ def test_shipped_files_load_and_run_in_a_folder_of_their_name(path: Path) -> Non
 
 def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
     def protocol(name: str) -> dict[str, Any]:
-        used = load_config(CONFIGS / f"{name}.yaml").used()
-        return {key: used[key] for key in shared}
+        config = load_config(CONFIGS / f"{name}.yaml")
+        used = config.used() | {"sequences_per_step": config.sequences_per_step}
+        return {key: used[key] for key in [*shared, "sequences_per_step"]}
 
     used_by = [
         make_config({"run_dir": "x", "model": name}, "x").used().keys()
         for name in ("llama", "megalodon")
     ]
-    shared = (used_by[0] & used_by[1]) - {"model", "run_dir", "data_path"}
+    free = {"model", "run_dir", "data_path", "batch_size", "grad_accum_every"}
+    shared = (used_by[0] & used_by[1]) - free
     llama = protocol("llama_512")
     assert protocol("megalodon_multichunk_512") == llama
     assert protocol("llama_sample") == llama
     assert protocol("megalodon_sample") == llama
     assert llama["num_batches"] == 1200
-    assert llama["batch_size"] * llama["grad_accum_every"] == 16
+    assert llama["sequences_per_step"] == 16
     assert llama["learning_rate"] == 4e-4
     assert llama["weight_decay"] == 2e-4
 
