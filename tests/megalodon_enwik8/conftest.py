@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,9 @@ import pytest
 import torch
 
 from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.run_folder import RunFolder
+
+from .endings import Crash
 
 TINY = {
     "llama": {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8},
@@ -83,3 +89,50 @@ def make_tiny(tmp_path: Path, text_file: Path) -> MakeConfig:
         return ExperimentConfig(**{**values, **TINY[model_name], **changes})
 
     return make
+
+
+@pytest.fixture
+def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """crash_in_step(n): die while step n's line is being written, this once."""
+
+    def arrange(step: int) -> None:
+        log = RunFolder.log
+
+        def crashing(self: RunFolder, row: dict[str, Any]) -> None:
+            if row["step"] == step:
+                monkeypatch.setattr(RunFolder, "log", log)
+                assert self._metrics is not None
+                self._metrics.write(json.dumps(row)[:40])
+                raise Crash
+            log(self, row)
+
+        monkeypatch.setattr(RunFolder, "log", crashing)
+
+    return arrange
+
+
+@pytest.fixture
+def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """signal_in_step(n, number): send this process a signal when step n is done, this once."""
+
+    def arrange(step: int, number: int) -> None:
+        log = RunFolder.log
+
+        def signalling(self: RunFolder, row: dict[str, Any]) -> None:
+            log(self, row)
+            if row["step"] == step:
+                monkeypatch.setattr(RunFolder, "log", log)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(RunFolder, "log", signalling)
+
+    return arrange
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Starts processes that have torch loaded already, with one thread as here."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megalodon_enwik8.training", "megalodon_enwik8.megalodon"])
+    return context

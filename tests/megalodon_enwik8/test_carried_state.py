@@ -21,20 +21,10 @@ from megalodon_enwik8.checkpoint import load_checkpoint, save_checkpoint
 from megalodon_enwik8.data import load_corpus, stream_batch, stream_steps, training_batch
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.models import build_model, compile_layers, new_state
-from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
+from megalodon_enwik8.run_folder import NEWEST, RunFolder
 from megalodon_enwik8.training import make_optimizer, train, train_step
 
-MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes"}
-
-
-def ending(config: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What a run leaves, without what a clock or the machine decides."""
-    folder = Path(config.run_dir)
-    rows = [
-        {key: value for key, value in row.items() if key not in MEASURED}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
-    return rows, load_checkpoint(folder / "final.pt").model_state
+from .endings import ending
 
 
 @given(

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.data import ENWIK8_DATA_BYTES, SAMPLE_SHA256, SAMPLE_SIZE, split_point
-from megalodon_enwik8.errors import run_main
 from megalodon_enwik8.report import BEGIN, END, main
 from megalodon_enwik8.report_format import duration, interval, listed, signed, spread
 from megalodon_enwik8.report_statistics import (
@@ -31,114 +24,15 @@ from megalodon_enwik8.report_statistics import (
     summarize,
 )
 
-CORPORA = {"sample": (SAMPLE_SIZE, SAMPLE_SHA256), "enwik8": (ENWIK8_DATA_BYTES, "e" * 64)}
-PARAMETERS = {"megalodon": 11_277_696, "llama": 12_489_600}
-LOSS = {"megalodon": 1.40, "llama": 1.45}  # at the end, of seed 8
-BYTES = 16 * 512  # in a step
-
-
-def falling(end: float, steps: int) -> Callable[[int], float]:
-    """A loss that falls from 5.6 to `end` along a curve."""
-    return lambda step: end + (5.6 - end) * (1 - step / steps) ** 8
-
-
-def make_run(
-    folder: Path,
-    model: str,
-    seed: int,
-    *,
-    loss: Callable[[int], float] | None = None,
-    step_seconds: float = 2.0,
-    corpus: str = "sample",
-    cut_at: int | None = None,
-    environment: dict[str, Any] | None = None,
-    end: dict[str, Any] | None = None,
-    **config: Any,
-) -> Path:
-    """A run folder as training writes it, but for the steps that tell the report nothing."""
-    values = {"val_batches": 100, "batch_size": 4, "grad_accum_every": 4, **config}
-    used = ExperimentConfig(
-        model=model, seed=seed, run_dir=str(folder), data_path="sample", **values
-    )
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(used.to_yaml())
-    size, sha256 = CORPORA.get(corpus, (1000, corpus * 8))
-    sizes = {"train_bytes": split_point(size), "val_bytes": size - split_point(size)}
-    session = {"device": "cpu (2 of 2 cores)", "threads": 2, "torch": "2.13.0", "commit": "c" * 40}
-    facts = {
-        "corpus": {"name": corpus, "sha256": sha256, **sizes},
-        "parameters": PARAMETERS[model],
-        "sessions": [{**session, **(environment or {})}],
-    }
-    (folder / "environment.json").write_text(json.dumps(facts))
-    steps, per_step = used.num_batches, used.tokens_per_step
-    loss = loss or falling(LOSS[model] + (seed - 8) * 0.01, steps)
-    rows = []
-    for step in range(0, steps if cut_at is None else cut_at, 50):
-        row: dict[str, Any] = {"step": step, "train_loss": loss(step), "skipped_steps": 0}
-        if step % 100 == 0:
-            row["val_loss"] = loss(step)
-        row["seconds"] = (step + 1) * step_seconds
-        row["tokens_per_second"] = per_step / step_seconds
-        row["peak_memory_bytes"] = (step + 1) * 2**20
-        rows.append(row)
-    if cut_at is None:
-        whole = {
-            "full_val_loss": loss(steps) + 0.1,
-            "sample": f"A prompt, and {model}:\n~~~~ \x1b[2J",
-        }
-        last = {"step": steps, "val_loss": loss(steps), **whole, "seconds": steps * step_seconds}
-        rows.append({**last, "peak_memory_bytes": 1200 * 2**20, **(end or {})})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def make_pair(folder: Path, seeds: tuple[int, ...] = (7, 8, 9), **options: Any) -> list[Path]:
-    """Runs of both models with the settings of the protocol."""
-    return [
-        make_run(folder / f"{model}-{seed}", model, seed, **options)
-        for model in ("megalodon", "llama")
-        for seed in seeds
-    ]
-
-
-def line(start: float, end: float, steps: int = 1200) -> Callable[[int], float]:
-    """A loss that falls in a straight line, on which interpolation is exact."""
-    return lambda step: start + (end - start) * step / steps
-
-
-def report(folder: Path, *arguments: object) -> str:
-    """RESULTS.md of what lies in a folder."""
-    out = folder / "RESULTS.md"
-    assert main([*map(str, arguments or [folder / "runs"]), "--out", str(out)]) == 0
-    return out.read_text(encoding="utf-8")
-
-
-def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that the program says on its way out with code 2."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run_main(lambda: main([str(argument) for argument in arguments]))
-    assert caught.value.code == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
-def section(text: str, title: str) -> str:
-    """What stands below a title, up to the next of its rank."""
-    return re.split(r"\n## ", text.split(f"\n## {title}\n")[1])[0]
-
-
-def row(text: str, *start: str) -> list[str]:
-    """The cells after the first ones of a table's only row that begins with `start`."""
-    opening = f"| {' | '.join(start)} | "
-    found = [each for each in text.splitlines() if each.startswith(opening)]
-    assert len(found) == 1, (opening, found)
-    return found[0].removeprefix(opening).removesuffix(" |").split(" | ")
-
+from .run_folders import (
+    line,
+    make_pair,
+    make_run,
+    make_tuned,
+    report,
+    row,
+    section,
+)
 
 # Statistics
 
@@ -390,34 +284,6 @@ def test_neutral_keys_leave_a_run_in_the_protocol(tmp_path: Path) -> None:
 # The other tables
 
 
-def write_evaluation(
-    run: Path, name: str, reading: dict[str, int], loss: float, **other: Any
-) -> None:
-    facts = {"step": 1200, "model": "megalodon", "corpus_sha256": SAMPLE_SHA256, "split": "val"}
-    (run / name).write_text(json.dumps({**facts, "reading": reading, "loss": loss, **other}))
-
-
-BEST = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 50}
-
-
-def make_tuned(folder: Path, seeds: tuple[int, ...] = (7, 8)) -> None:
-    """A grid of three settings, the protocol's among them, and the best ones at full length."""
-    for model in ("megalodon", "llama"):
-        worse = {"megalodon": 0.3, "llama": 0.2}[model]
-        for name, config, end in (("a", {"learning_rate": 2e-3}, 1.6), ("b", BEST, 1.5)):
-            run = folder / f"grid-{model}-{name}"
-            make_run(run, model, 7, num_batches=400, loss=line(3, end + worse, 400), **config)
-        for seed in seeds:
-            make_run(
-                folder / f"best-{model}-{seed}", model, seed, loss=line(3, 1.0 + worse), **BEST
-            )
-    for seed in seeds:
-        run = folder / f"carried-{seed}"
-        make_run(run, "megalodon", seed, loss=line(3, 1.25), carry_state=True, **BEST)
-        write_evaluation(run, "stream.json", {"streams": 1, "segment": 8192}, 1.1)
-        write_evaluation(run, "windows.json", {"context": 512, "stride": 512}, 1.2)
-
-
 def test_each_model_enters_with_the_best_of_its_grid(tmp_path: Path) -> None:
     make_pair(tmp_path / "runs", (7, 8), loss=line(3, 1.5))
     make_tuned(tmp_path / "runs")
@@ -592,224 +458,3 @@ def test_the_readme_gets_the_headline_and_the_main_picture(tmp_path: Path) -> No
         assert made.endswith(f"[RESULTS.md](../RESULTS.md).\n\n{END}\n\nThe rest.\n")
         assert "](../results/comparison.svg)" in made
         assert "old" not in made
-
-
-# What is refused
-
-
-def change_config(run: Path, **changes: Any) -> None:
-    path = run / "config.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
-
-
-def change_facts(run: Path, **changes: Any) -> None:
-    path = run / "environment.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def change_end(run: Path, **changes: Any) -> None:
-    path = run / "metrics.jsonl"
-    *lines, last = path.read_text().splitlines()
-    path.write_text("\n".join([*lines, json.dumps({**json.loads(last), **changes}), ""]))
-
-
-def append(run: Path, text: str) -> None:
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(text)
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "llama-8: no such run folder"),
-    "no config": (lambda run: (run / "config.yaml").unlink(), "llama-8: has no config.yaml"),
-    "no environment": (
-        lambda run: (run / "environment.json").unlink(),
-        "llama-8: has no environment.json",
-    ),
-    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "llama-8: has no metrics.jsonl"),
-    "empty metrics": (
-        lambda run: (run / "metrics.jsonl").write_text(""),
-        "metrics.jsonl: is empty: the run has made no step yet",
-    ),
-    "bad line": (lambda run: append(run, "{'step': 1\n"), "metrics.jsonl: line 26 is damaged"),
-    "bad number": (
-        lambda run: append(run, '{"step": 1201, "seconds": "long"}\n'),
-        r"metrics.jsonl: line 26: seconds: Input should be a valid number",
-    ),
-    "not later": (
-        lambda run: change_end(run, seconds=2000.0),
-        "line 25: is not later than the validation before it",
-    ),
-    "no final loss": (
-        lambda run: change_end(run, val_loss=None),
-        "the last line, of the end of the run, has no val_loss",
-    ),
-    "yaml": (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml: not valid YAML"),
-    "list": (lambda run: (run / "config.yaml").write_text("- a"), "must hold `key: value` lines"),
-    "seed": (lambda run: change_config(run, seed="x"), "config.yaml: seed: Input should be"),
-    "json": (
-        lambda run: (run / "environment.json").write_text("{"),
-        "environment.json: not valid JSON",
-    ),
-    "facts": (lambda run: change_facts(run, sessions=[]), "environment.json: sessions: "),
-    "key": (
-        lambda run: change_config(run, weight_decay=0.1, dim=512),
-        "llama-8: belongs in no table: differs from the protocol in dim=512, weight_decay=0.1;",
-    ),
-    "unknown key": (
-        lambda run: change_config(run, wight=1),
-        "differs from the protocol in wight=1",
-    ),
-    "other model's key": (
-        lambda run: change_config(run, cema_ndim=16),
-        "llama-8: belongs in no table: differs from the protocol in cema_ndim=16",
-    ),
-    "parameters": (
-        lambda run: change_facts(run, parameters=5),
-        "llama-7 and .*llama-8 cannot stand in one table: parameters: 12489600 in the first, 5 in",
-    ),
-    "windows": (
-        lambda run: change_config(run, val_batches=10),
-        "megalodon-7 and .*llama-8 cannot stand in one table: windows to validate on: 100 in the "
-        "first, 10 in the second",
-    ),
-    "twice": (
-        lambda run: change_config(run, seed=7),
-        "llama-7 and .*llama-8 are of the same settings and seed 7: leave one out",
-    ),
-    "stream of another text": (
-        lambda run: write_evaluation(run, "stream.json", {"streams": 1}, 1.0, corpus_sha256="f"),
-        r"llama-8.stream.json: model is megalodon, but llama of the run",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_that_is_not_whole_or_fits_nowhere_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
-) -> None:
-    runs = make_pair(tmp_path / "runs", (7, 8))
-    spoil, message = DAMAGES[damage]
-    spoil(runs[-1])
-    assert re.search(message, refused(capfd, *runs, "--out", tmp_path / "RESULTS.md"))
-    assert not (tmp_path / "RESULTS.md").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"corpus": "other"}, r"text: sample \(34c1c63050c8...\) in the first, other \(otherother"),
-        ({"corpus": "enwik8", "num_batches": 600}, "text: sample .* in the first, enwik8"),
-        ({"num_batches": 600}, "steps: 1200 in the first, 600 in the second"),
-        ({"seq_len": 256}, "bytes in a sequence: 512 in the first, 256 in the second"),
-        ({"batch_size": 2}, "bytes in a step: 8192 in the first, 4096 in the second"),
-        ({"num_batches": 250, "cut_at": 150}, "still going or cut off, after 101 of 250 steps"),
-    ],
-)
-def test_mixed_and_unfinished_runs_are_refused_by_name(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], options: dict[str, Any], message: str
-) -> None:
-    runs = make_pair(tmp_path / "runs", (7,))
-    odd = make_run(tmp_path / "odd", "llama", 8, **options)
-    line = refused(capfd, *runs, odd, "--out", tmp_path / "RESULTS.md")
-    assert re.search(message, line)
-    assert str(odd) in line
-
-
-def test_a_seed_that_one_model_lacks_is_named(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    runs = make_pair(tmp_path / "runs")
-    said = refused(capfd, *runs[:-1], "--out", tmp_path / "R.md")
-    assert "llama has no run with seed 9, which megalodon has" in said
-    said = refused(capfd, *runs[3:], "--out", tmp_path / "R.md")
-    assert "megalodon has no run with seed 7, which llama has" in said
-
-
-def test_the_tuned_table_refuses_an_unfair_fight(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    make_pair(tmp_path / "runs", (7, 8), loss=line(3, 1.5))
-    make_tuned(tmp_path / "runs")
-
-    def said_without(*names: str) -> str:
-        kept = [run for run in sorted((tmp_path / "runs").iterdir()) if run.name not in names]
-        return refused(capfd, *kept, "--out", tmp_path / "R.md")
-
-    said = said_without("grid-llama-a")
-    assert "the grid has 3 settings of megalodon and 2 of llama" in said
-    assert "add llama at learning rate 0.002, constant" in said
-    said = said_without("best-llama-7", "best-llama-8")
-    assert "Llama has no run of 1200 steps at learning rate 0.001, cosine, warm-up of 50" in said
-    assert "Llama has no run with seed 8" in said_without("best-llama-8")
-    said = said_without("grid-llama-b", "grid-megalodon-b")
-    assert "best-megalodon-7: learning rate 0.001, cosine, warm-up of 50 steps is not the" in said
-    odd = make_run(tmp_path / "runs" / "odd", "llama", 9, learning_rate=3e-3)
-    assert "are Llama with different settings" in said_without()
-    shutil.rmtree(odd)
-    make_run(odd, "llama", 9, learning_rate=3e-3, num_batches=1500)
-    assert "steps: 1200 in the first, 1500 in the second" in said_without()
-    shutil.rmtree(odd)
-    make_run(odd, "llama", 9, learning_rate=3e-3, num_batches=300)
-    assert re.search("steps: [34]00 in the first, [34]00 in the second", said_without())
-
-
-def test_an_ablation_without_its_counterpart_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    runs = make_pair(tmp_path / "runs", (7,))
-    out = ("--out", tmp_path / "R.md")
-    change: dict[str, Any] = {"ablation": "no_cema"}
-    seed = make_run(tmp_path / "seed", "megalodon", 8, num_batches=400, **change)
-    assert "megalodon has no run with seed 8 to compare" in refused(capfd, *runs, seed, *out)
-    step = make_run(tmp_path / "step", "megalodon", 7, num_batches=450, **change)
-    assert "has no validation after 450 steps" in refused(capfd, *runs, step, *out)
-    both = make_run(tmp_path / "both", "megalodon", 7, learning_rate=1e-3, **change)
-    assert "in ablation=no_cema, learning_rate=0.001" in refused(capfd, *runs, both, *out)
-    assert "no run has the settings of the protocol" in refused(capfd, step, *out)
-
-
-@pytest.mark.parametrize(
-    ("name", "reading", "other", "message"),
-    [
-        ("stream.json", {"context": 512, "stride": 512}, {}, "is not of a stream"),
-        ("windows.json", {"context": 512, "stride": 64}, {}, "is not of windows of 512 side by"),
-        ("windows.json", {"streams": 1}, {"step": 600}, "step is 600, but 1200 of the run"),
-        ("stream.json", {"streams": 1}, {"split": "train"}, "split is train, but val of the run"),
-    ],
-)
-def test_an_evaluation_of_something_else_is_refused(
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    name: str,
-    reading: dict[str, int],
-    other: dict[str, Any],
-    message: str,
-) -> None:
-    runs = make_pair(tmp_path / "runs", (7,))
-    write_evaluation(runs[0], name, reading, 1.0, **other)
-    said = refused(capfd, *runs, "--out", tmp_path / "R.md")
-    assert f"megalodon-7{os.sep}{name}: {message}" in said
-
-
-def test_files_that_are_not_what_they_should_be_are_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    runs = make_pair(tmp_path / "runs", (7,))
-    odd = tmp_path / "odd"
-    assert f"{odd}: cannot be read: No such file" in refused(capfd, *runs, "--readme", odd)
-    for text in ("no markers", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"):
-        odd.write_text(text)
-        assert f"{odd}: needs one line {BEGIN}" in refused(capfd, *runs, "--readme", odd)
-    for text in ("{", "[]", "{}", '{"rows": [1]}', '{"rows": []}', '{"rows": [{"kind": "train"}]}'):
-        odd.write_text(text)
-        assert "is no context.json" in refused(capfd, *runs, "--context", odd)
-        if text != '{"rows": []}':
-            assert "is no train.json" in refused(capfd, *runs, "--speed", odd)
-
-
-def test_without_matplotlib_the_extra_is_named(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = refused(capfd, tmp_path, "--out", tmp_path / "R.md")
-    assert 'comparison.svg: drawing needs matplotlib: pip install -e ".[report]"' in said

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,30 +25,11 @@ from megalodon_enwik8.config import ExperimentConfig, load_config
 from megalodon_enwik8.data import Corpus
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.evaluation import full_validation
-from megalodon_enwik8.files import exclusive_lock
 from megalodon_enwik8.models import build_model
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.training import FREE_ON_RESUME, Trainer, make_optimizer, train
 
-MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes"}
-
-
-def ending(config: ExperimentConfig) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What a run leaves, without what a clock or the machine decides."""
-    folder = Path(config.run_dir)
-    rows = [
-        {key: value for key, value in row.items() if key not in MEASURED}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
-    return rows, load_checkpoint(folder / "final.pt").model_state
-
-
-def assert_same_ending(one: ExperimentConfig, other: ExperimentConfig) -> None:
-    (rows, weights), (other_rows, other_weights) = ending(one), ending(other)
-    assert rows == other_rows
-    assert list(weights) == list(other_weights)
-    for name, weight in weights.items():
-        assert torch.equal(weight, other_weights[name]), name
+from .endings import Crash, assert_same_ending, ending
 
 
 @pytest.fixture(autouse=True)
@@ -59,30 +38,6 @@ def signals_are_not_ignored(monkeypatch: pytest.MonkeyPatch) -> Any:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-class Crash(Exception):
-    pass
-
-
-@pytest.fixture
-def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """crash_in_step(n): die while step n's line is being written, this once."""
-
-    def arrange(step: int) -> None:
-        log = RunFolder.log
-
-        def crashing(self: RunFolder, row: dict[str, Any]) -> None:
-            if row["step"] == step:
-                monkeypatch.setattr(RunFolder, "log", log)
-                assert self._metrics is not None
-                self._metrics.write(json.dumps(row)[:40])
-                raise Crash
-            log(self, row)
-
-        monkeypatch.setattr(RunFolder, "log", crashing)
-
-    return arrange
 
 
 def test_a_crash_in_any_step_changes_nothing_of_the_ending(
@@ -106,15 +61,6 @@ def test_a_crash_in_any_step_changes_nothing_of_the_ending(
         assert_same_ending(config, whole)
         best = [load_checkpoint(Path(c.run_dir) / "best.pt").step for c in (config, whole)]
         assert best[0] == best[1]
-
-
-@pytest.fixture(scope="session")
-def processes() -> Any:
-    """Starts processes that have torch loaded already, with one thread as here."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megalodon_enwik8.training", "megalodon_enwik8.megalodon"])
-    return context
 
 
 def kill_at_random_moments(make_tiny: Any, processes: Any, tmp_path: Path, kills: int) -> None:
@@ -162,24 +108,6 @@ def test_kill_9_at_50_random_moments_changes_nothing_of_the_ending(
     make_tiny: Any, processes: Any, tmp_path: Path
 ) -> None:
     kill_at_random_moments(make_tiny, processes, tmp_path, kills=50)
-
-
-@pytest.fixture
-def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """signal_in_step(n, number): send this process a signal when step n is done, this once."""
-
-    def arrange(step: int, number: int) -> None:
-        log = RunFolder.log
-
-        def signalling(self: RunFolder, row: dict[str, Any]) -> None:
-            log(self, row)
-            if row["step"] == step:
-                monkeypatch.setattr(RunFolder, "log", log)
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(RunFolder, "log", signalling)
-
-    return arrange
 
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -462,181 +390,6 @@ def test_keys_that_may_change_on_resume_exist() -> None:
     assert ExperimentConfig.model_fields.keys() >= FREE_ON_RESUME
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> None:
-    config = make_tiny("llama")
-    assert train(config) == 0
-    before = ending(config)[0]
-    with pytest.raises(UserError, match="holds a run already; go on with --resume, replace it"):
-        train(config)
-    assert ending(config)[0] == before
-    shorter = make_tiny("llama", num_batches=2)
-    assert train(shorter, overwrite=True) == 0
-    assert [path.name for path in RunFolder(Path(config.run_dir)).checkpoints()] == [
-        "checkpoint_00000002.pt"
-    ]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-def test_a_run_is_replaced_only_when_the_new_one_has_saved_what_was_due(
-    make_tiny: Any, crash_in_step: Any, signal_in_step: Any, tmp_path: Path
-) -> None:
-    config = make_tiny("llama", keep_best=True)
-    folder = Path(config.run_dir)
-    assert train(config) == 0
-    old = files_of(folder)
-    shorter = make_tiny("llama", num_batches=4, seed=8)
-    for arrange in (lambda: crash_in_step(1), lambda: signal_in_step(0, signal.SIGTERM)):
-        arrange()  # the second of them leaves a checkpoint that was not due
-        with contextlib.suppress(Crash):
-            assert train(shorter, overwrite=True) == 143
-        assert files_of(folder / "replaced") == old
-        with pytest.raises(UserError, match="holds a run already"):
-            train(shorter)
-    assert train(shorter, resume=NEWEST) == 0
-    assert not (folder / "replaced").exists()
-    whole = make_tiny("llama", num_batches=4, seed=8, run_dir=str(tmp_path / "whole"))
-    assert train(whole) == 0
-    assert_same_ending(shorter, whole)
-
-
-def test_a_move_cut_off_anywhere_is_undone_at_the_next_start(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_tiny("llama")
-    folder = Path(config.run_dir)
-    assert train(config) == 0
-    old = files_of(folder)
-    rename = Path.rename
-    for moves in range(len(old) + 1):
-        left = [moves]
-
-        def crashing(self: Path, target: Path, left: list[int] = left) -> Path:
-            if not left[0]:
-                raise Crash
-            left[0] -= 1
-            return rename(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", crashing)
-            with pytest.raises(Crash):
-                train(config, overwrite=True)
-        with pytest.raises(UserError, match="holds a run already"):
-            train(config)
-        assert files_of(folder) == old
-
-
-def test_going_back_to_an_older_checkpoint_keeps_the_later_ones_until_one_is_due(
-    make_tiny: Any, crash_in_step: Any
-) -> None:
-    config = make_tiny("llama")
-    folder = RunFolder(Path(config.run_dir))
-    assert train(config) == 0
-    crash_in_step(2)
-    with pytest.raises(Crash):
-        train(config, resume=folder.file("checkpoint_00000002.pt"))
-    assert sorted(path.name for path in folder.file("replaced").iterdir()) == [
-        "checkpoint_00000004.pt",
-        "checkpoint_00000006.pt",
-    ]
-    assert train(config, resume=NEWEST) == 0
-    assert len(folder.checkpoints()) == 3
-    assert not folder.file("replaced").exists()
-
-
-def test_a_checkpoint_of_another_folder_does_not_replace_the_run_that_is_here(
-    make_tiny: Any, tmp_path: Path
-) -> None:
-    here, other = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "other"))
-    assert train(here) == train(other) == 0
-    before = files_of(Path(here.run_dir))
-    with pytest.raises(UserError, match=r"holds a run already; .* or choose another run_dir="):
-        train(here, resume=Path(other.run_dir) / "checkpoint_00000002.pt")
-    assert files_of(Path(here.run_dir)) == before
-
-
-def resume_and_report(config: ExperimentConfig, outcomes: Any) -> None:
-    try:
-        outcomes.put(train(config, resume=NEWEST))
-    except UserError as error:
-        outcomes.put(str(error))
-
-
-def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(
-    make_tiny: Any, processes: Any, tmp_path: Path
-) -> None:
-    options = {"num_batches": 120, "validate_every": 0, "save_every": 40}
-    whole = make_tiny("llama", **options)
-    assert train(whole) == 0
-    half = make_tiny("llama", **{**options, "num_batches": 40}, run_dir=str(tmp_path / "shared"))
-    assert train(half) == 0
-    config = make_tiny("llama", **options, run_dir=half.run_dir)
-    outcomes = processes.Queue()
-    both = [processes.Process(target=resume_and_report, args=(config, outcomes)) for _ in range(2)]
-    for process in both:
-        process.start()
-    results = [outcomes.get(timeout=300) for _ in both]
-    for process in both:
-        process.join()
-    assert 0 in results
-    results.remove(0)
-    # The second may have come when the first was done, which leaves nothing to do.
-    assert results[0] == 0 or ".lock is held by process" in results[0]
-    assert_same_ending(config, whole)
-
-
-def test_two_processes_cannot_share_a_folder(make_tiny: Any) -> None:
-    config = make_tiny("llama")
-    Path(config.run_dir).mkdir()
-    with (
-        exclusive_lock(Path(config.run_dir) / ".lock"),
-        pytest.raises(UserError, match="is held by process"),
-    ):
-        train(config)
-
-
-def test_a_folder_that_cannot_be_made_is_named(make_tiny: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=r"run_dir=.*: is or goes through a file; name a fol"):
-            train(make_tiny("llama", run_dir=str(path)))
-
-
-def test_a_folder_behind_a_link_is_used_and_a_link_to_nothing_is_named(
-    make_tiny: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    assert train(make_tiny("llama", run_dir=str(tmp_path / "link"))) == 0
-    assert (tmp_path / "disk" / "final.pt").exists()
-    with pytest.raises(UserError, match=r"run_dir=.*broken: is or goes through a file"):
-        train(make_tiny("llama", run_dir=str(tmp_path / "broken")))
-
-
-def test_a_link_in_place_of_the_lock_leaves_its_target_alone(
-    make_tiny: Any, tmp_path: Path
-) -> None:
-    config = make_tiny("llama")
-    Path(config.run_dir).mkdir()
-    (tmp_path / "precious").write_text("precious")
-    (Path(config.run_dir) / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="cannot create the lock file"):
-        train(config)
-    assert (tmp_path / "precious").read_text() == "precious"
-
-
-def test_final_weights_are_not_replaced_when_their_checkpoints_are_gone(make_tiny: Any) -> None:
-    config = make_tiny("llama")
-    assert train(config) == 0
-    for path in RunFolder(Path(config.run_dir)).checkpoints():
-        path.unlink()
-    with pytest.raises(UserError, match="holds final weights but no checkpoint"):
-        train(config, resume=NEWEST)
-
-
 def test_a_full_disk_during_a_save_leaves_checkpoints_that_resume(
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -744,13 +497,3 @@ def test_saving_every_100_steps_costs_less_than_one_percent_of_the_training(
             f"{max(saves):.3f}); a step: {step:.2f} s; every 100 steps: {save / step:.3f} %"
         )
     assert save < 0.01 * 100 * step
-
-
-def test_metrics_leave_out_a_cut_last_line_and_name_a_damaged_one(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-    assert read_metrics(path) == [{"step": 0}, {"step": 1}]
-    path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        read_metrics(path)
-    assert read_metrics(tmp_path / "none") == []
