@@ -4,6 +4,8 @@ experiment: the library has the model as it is.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +49,7 @@ class LayerNormInstead(MegalodonLayerNorm):
         return super().forward(x), state._replace(steps=steps)
 
 
-def ablate(model: MegalodonForCausalLM, ablation: str) -> None:
+def ablate(model: MegalodonForCausalLM, ablation: Literal["none", "no_cema", "layer_norm"]) -> None:
     """Make a freshly initialised model one without a part; its other weights stay as they are."""
     if ablation == "no_cema":
         for layer in model.model.layers:
@@ -56,5 +58,3 @@ def ablate(model: MegalodonForCausalLM, ablation: str) -> None:
         for layer in model.model.layers:
             layer.timestep_norm = LayerNormInstead(model.config)
         model.model.final_norm = LayerNormInstead(model.config)
-    elif ablation != "none":
-        raise ValueError(f"no such ablation: {ablation}")

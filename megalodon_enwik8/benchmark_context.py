@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from megalodon_enwik8.command_line import Parser, whole_number
 from megalodon_enwik8.drawing import check_can_draw, save_picture
-from megalodon_enwik8.errors import UserError, explain_os_error
-from megalodon_enwik8.files import atomic_write
+from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.files import atomic_write, make_folder
 
 MODELS = ("megalodon", "llama")
 CONTEXTS = [512 * 2**i for i in range(9)]  # 512 ... 131,072
@@ -119,12 +119,7 @@ def run(options: argparse.Namespace) -> int:
             check_can_draw(folder / "context.png")
         except UserError as error:
             raise UserError(f"{error}, or add --no-picture") from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain_os_error(error, folder) or UserError(
-            f"--out {folder}: cannot be made: {error.strerror}"
-        ) from None
+    make_folder(folder, "--out")
     rows: list[dict[str, Any]] = []
     with tqdm(_tasks(options), unit="measurement", disable=None) as bar:
         for task in bar:

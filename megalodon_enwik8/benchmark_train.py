@@ -25,7 +25,7 @@ from tqdm import tqdm
 from megalodon_enwik8.config import ExperimentConfig, make_config
 from megalodon_enwik8.description import device_name
 from megalodon_enwik8.errors import UserError
-from megalodon_enwik8.files import atomic_write
+from megalodon_enwik8.files import atomic_write, make_folder
 from megalodon_enwik8.models import build_model, compile_layers
 from megalodon_enwik8.training import make_optimizer, train_step
 from megalodon_enwik8.utils import choose_device, keep_freed_memory, peak_memory_bytes
@@ -49,6 +49,8 @@ def run(options: Namespace) -> int:
     if options.profile:
         print(_profile(options, device))
         return 0
+    folder = Path(options.out)
+    make_folder(folder, "--out")
     report: dict[str, Any] = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -65,8 +67,6 @@ def run(options: Namespace) -> int:
             _measure(report, size, options, device, bar)
     text = _table(report)
     print(text)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("train.json", json.dumps(report, indent=2) + "\n"), ("train.md", text)):
         with atomic_write(folder / name) as file:
             file.write(content.encode())

@@ -121,7 +121,9 @@ def _check_archive(path: str | Path) -> None:
         raise IsADirectoryError
     if Path(path).exists() and not Path(path).is_file():  # opening a pipe could wait for ever
         raise UserError(f"{path}: is not a regular file; name a checkpoint")
-    damaged = UserError(f"{path}: truncated, damaged or not a checkpoint")
+    damaged = UserError(
+        f"{path}: truncated, damaged or not a checkpoint; name another .pt file of the run folder"
+    )
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.save does not compress; a record that claims to be is a bomb or a stranger.

@@ -40,6 +40,17 @@ class _RawFile(io.FileIO):
             raise
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder and those above it, if they are not there. Raises UserError naming the
+    command line's option where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, path) or UserError(
+            f"{option} {path}: cannot be made: {error.strerror}"
+        ) from None
+
+
 @contextmanager
 def atomic_write(path: StrPath) -> Iterator[io.BufferedWriter]:
     """Yield a binary file whose content takes the place of `path` when the block ends well.

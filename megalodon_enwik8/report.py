@@ -17,8 +17,8 @@ from typing import Any
 from megalodon_enwik8 import benchmark_context, report_comparison, report_sections
 from megalodon_enwik8.command_line import Parser
 from megalodon_enwik8.drawing import check_can_draw
-from megalodon_enwik8.errors import UserError, explain_os_error, run_main
-from megalodon_enwik8.files import atomic_write
+from megalodon_enwik8.errors import UserError, run_main
+from megalodon_enwik8.files import atomic_write, make_folder
 from megalodon_enwik8.report_format import beginning, duration, shown, table
 from megalodon_enwik8.report_pictures import draw_curves
 from megalodon_enwik8.report_runs import MODELS, NAMES, find_runs, read_run
@@ -64,12 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = _read_context(options.context) if options.context else None
     speed = _read_speed(options.speed) if options.speed else None
     study = arrange(read_run(path) for path in find_runs(options.runs))
-    try:
-        pictures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain_os_error(error, pictures) or UserError(
-            f"--pictures {pictures}: cannot be made: {error.strerror}"
-        ) from None
+    make_folder(pictures, "--pictures")
     text = document(
         study,
         pictures=_relative(pictures, out.parent),

@@ -114,8 +114,7 @@ def _step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor,
     re = c.p * u.unsqueeze(-1)  # (B, D, N)
     im = torch.zeros_like(re)
     if state is not None:
-        rho, angle = c.log_rho.exp(), c.turns * (2 * math.pi)
-        q_re, q_im = rho * angle.cos(), rho * angle.sin()
+        q_re, q_im = complex_power(c.log_rho, c.turns)
         h_re, h_im = state.unbind(-1)
         re = torch.addcmul(torch.addcmul(re, q_re, h_re), q_im, h_im, value=-1)
         im = torch.addcmul(q_re * h_im, q_im, h_re)

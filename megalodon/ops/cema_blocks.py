@@ -197,8 +197,7 @@ def _cema_blocks_backward(
         _diagonal_sums(inner[:, :block, :block]), inner[:, :block, block:], inner[:, block:, :block]
     )
     grad_c = block_matrices_backward(c, block, grad_matrices)
-    one = torch.ones((), device=p.device)
-    q_re, q_im = complex_power(log_rho, turns, one, block)
+    q_re, q_im = complex_power(log_rho, turns, scale=block)
     (re_re, re_im), (im_re, im_im) = (
         [part.diagonal(dim1=1, dim2=2) for part in rows.split(order, dim=2)]
         for rows in inner[:, block:, block:].split(order, dim=1)

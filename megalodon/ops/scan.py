@@ -25,22 +25,25 @@ def group_blocks(blocks: int) -> tuple[int, int]:
 
 
 def complex_power(
-    log_rho: Tensor, turns: Tensor, exponent: Tensor, scale: int = 1
+    log_rho: Tensor, turns: Tensor, exponent: Tensor | None = None, scale: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of q^(scale t), for q = exp(log_rho + 2 pi i turns) and an exponent
-    t; tensors broadcast.
+    t, ``None`` for 1; tensors broadcast.
 
     The magnitude is exp(scale t log rho). The angle is reduced to one turn after the scale, which
     is exact where that is a power of two, and again before it becomes radians.
     """
-    exponent = exponent.to(log_rho.dtype)
-    magnitude = (log_rho * (exponent * scale)).exp()
     if scale > 1:
-        turns = turns * scale
-        turns = turns - turns.detach().floor()
-    turns = turns * exponent
-    angle = (turns - turns.detach().floor()) * (2 * math.pi)
+        log_rho, turns = log_rho * scale, _reduced(turns * scale)
+    if exponent is not None:
+        exponent = exponent.to(log_rho.dtype)
+        log_rho, turns = log_rho * exponent, _reduced(turns * exponent)
+    magnitude, angle = log_rho.exp(), turns * (2 * math.pi)
     return magnitude * angle.cos(), magnitude * angle.sin()
+
+
+def _reduced(turns: Tensor) -> Tensor:
+    return turns - turns.detach().floor()
 
 
 def block_scan_reference(
@@ -92,11 +95,10 @@ def block_scan(
         A tensor of the shape of s.
     """
     _, dim, size, groups, batch, order = s.shape
-    one = torch.ones((), device=s.device)
     # Written out to the full width: broadcasting over so short axes would not vectorise.
     q_re, q_im = (
         t[:, None, None].expand(dim, groups, batch, order).contiguous()
-        for t in complex_power(log_rho, turns, one, step)
+        for t in complex_power(log_rho, turns, scale=step)
     )
     rounds = range(size - 1, -1, -1) if reverse else range(size)
     factors = None if through is None else through.unsqueeze(-1)

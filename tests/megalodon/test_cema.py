@@ -103,9 +103,9 @@ def test_angles_stay_exact_over_a_long_text() -> None:
 @pytest.mark.parametrize("length", [BLOCK + 5, GROUP * BLOCK, GROUP * BLOCK + 40])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) -> None:
-    """The products of a bfloat16 input are taken in bfloat16; scan and state stay float32. Errors
-    relative to the norm of the result; one rounding to bfloat16 is off by 0.0017 in the mean, and
-    inputs, matrices, states and outputs are rounded once each."""
+    """The products of a bfloat16 input are taken in bfloat16; scan and state stay float32. One
+    rounding to bfloat16 is off by 0.0017 in root mean square, relative to the norm; inputs,
+    matrices, states and outputs are rounded once each: 0.0068 if no two errors cancel."""
     torch.manual_seed(0)
     inputs = [torch.randn(4, length, 16), *parameters(16, 8, torch.float32)]
     inputs[0] = inputs[0].bfloat16()
@@ -125,7 +125,7 @@ def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) 
     assert [t.dtype for t in found[:3]] == [torch.bfloat16, torch.float32, torch.bfloat16]
     for result, exact in zip(found, expected, strict=True):
         error = (result.double() - exact).norm() / exact.norm()
-        assert error < 0.01
+        assert error < 0.0068
 
 
 def test_the_compiler_is_told_the_truth_about_the_operation() -> None:

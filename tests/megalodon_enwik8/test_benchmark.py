@@ -63,3 +63,12 @@ def test_report_holds_what_the_table_shows(
     (ratio,) = report["ratios"]
     assert f"| eager | 16 | {ratio['time']:.2f} |" in (tmp_path / "train.md").read_text()
     assert "Megalodon / Llama" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(benchmark_train, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UserError, match="file"):
+        benchmark.main(["train", "--out", str(tmp_path / "file" / "here")])
