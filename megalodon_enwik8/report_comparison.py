@@ -34,7 +34,7 @@ def settings_text(study: Study) -> str:
     """The experiment in a sentence."""
     run = study.first
     devices = {
-        session.device
+        session.hardware
         for group in study.protocol.values()
         for run in group.values()
         for session in run.environment.sessions
@@ -81,7 +81,7 @@ def seconds_compare(groups: Iterable[Group]) -> bool:
         for run in group.values()
         for session in run.environment.sessions
     ]
-    return len({(session.device, session.threads) for session in sessions}) == 1
+    return len({(session.hardware, session.threads) for session in sessions}) == 1
 
 
 def shared_seconds(groups: Iterable[Group]) -> float:

@@ -44,6 +44,7 @@ class Settings(BaseModel):
     schedule: str
     warmup_steps: int
     carry_state: bool
+    carry_steps: int | None
     ablation: str
     chunk_size: int
     cema_ndim: int
@@ -74,6 +75,11 @@ class Session(BaseModel):
     transformers: str = "unknown"
     python: str = "unknown"
     compile: str = "unknown"
+    processor: str | None = None
+
+    @property
+    def hardware(self) -> str:
+        return f"{self.device}, {self.processor}" if self.processor else self.device
 
 
 class Environment(BaseModel):
@@ -113,6 +119,7 @@ class Setting(NamedTuple):
     learning_rate: float
     schedule: str
     warmup_steps: int
+    carry_steps: int = 0  # after so many, carried streams begin anew; 0: at the end of the text
 
 
 class Contender(NamedTuple):
@@ -170,8 +177,12 @@ class Run:
 
     @property
     def setting(self) -> Setting:
+        settings = self.settings
         return Setting(
-            self.settings.learning_rate, self.settings.schedule, self.settings.warmup_steps
+            settings.learning_rate,
+            settings.schedule,
+            settings.warmup_steps,
+            settings.carry_steps or 0,
         )
 
     @property

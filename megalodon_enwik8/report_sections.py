@@ -43,6 +43,7 @@ _PUBLISHED = {
     "megalodon": ("11,277,696", "1.453 (1.451 in another run)", "2.10", "12 GB", "8 m 09 s"),
     "llama": ("12,489,792", "1.534 (1.542 in another run)", "2.21", "7 GB", "3 m 07 s"),
 }
+_SETTING = ("learning rate", "schedule", "warm-up", "streams anew after")
 _ENWIK8_CONFIGS = ("configs/megalodon_multichunk_512.yaml", "configs/llama_512.yaml")
 
 
@@ -76,7 +77,7 @@ def _grid(tuned: Tuned) -> str:
             best = loss is not None and loss == min(tuned.grid[contender].values())
             cells.append(f"**{text}**" if best else text)
         rows.append([*_setting_cells(setting), *cells])
-    header = ["learning rate", "schedule", "warm-up", *(each.name for each in contenders)]
+    header = [*_SETTING, *(each.name for each in contenders)]
     sizes = listed(f"{len(tuned.grid[each])} settings of {each.name}" for each in contenders)
     return (
         f"The grid: {sizes}, chosen by the validation loss after {tuned.grid_steps} steps with "
@@ -86,7 +87,8 @@ def _grid(tuned: Tuned) -> str:
 
 
 def _setting_cells(setting: Setting) -> list[str]:
-    return [f"{setting.learning_rate:g}", setting.schedule, f"{setting.warmup_steps:,}"]
+    anew = f"{setting.carry_steps:,} steps" if setting.carry_steps else NONE
+    return [f"{setting.learning_rate:g}", setting.schedule, f"{setting.warmup_steps:,}", anew]
 
 
 def _entrants(entrants: Mapping[Contender, Entrant]) -> str:
@@ -111,13 +113,14 @@ def _entrants(entrants: Mapping[Contender, Entrant]) -> str:
             ]
         )
     steps = next(iter(llama.values())).steps
-    header = ["", "learning rate", "schedule", "warm-up", "loss", "BPC", "loss − Llama's"]
-    header += ["95 % interval", "whole split, BPC", "whole split as a stream, BPC", "seconds"]
+    header = ["", *_SETTING, "loss", "BPC", "loss − Llama's", "95 % interval"]
+    header += ["whole split, BPC", "whole split as a stream, BPC", "seconds"]
     note = ""
     if any(contender.carried for contender in entrants):
         note = (
             "\n\nA Megalodon that trains with carried state reads the text in another order than "
-            "the others of its seed, as contiguous streams. Loss and BPC are those of windows "
+            "the others of its seed, as contiguous streams, which may begin anew elsewhere after "
+            "some steps. Loss and BPC are those of windows "
             "that start without a state; the stream is what it trained for."
         )
     return (
@@ -306,7 +309,7 @@ def environment_section(study: Study) -> str:
         for session in run.environment.sessions:
             threads = f"{session.threads} thread{'s' if session.threads != 1 else ''}"
             place = (
-                f"{session.device}, {threads}, compile: {session.compile}, PyTorch "
+                f"{session.hardware}, {threads}, compile: {session.compile}, PyTorch "
                 f"{session.torch}, transformers {session.transformers}, Python {session.python}"
             )
             places.setdefault(place, set()).add(shown(run.path))

@@ -14,7 +14,7 @@ from megalodon_enwik8.data import ENWIK8, ENWIK8_DATA_BYTES
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.report_runs import MODELS, PROTOCOL, Contender, Group, Run, Setting
 
-_TUNED_KEYS = frozenset({"learning_rate", "schedule", "warmup_steps", "carry_state"})
+_TUNED_KEYS = frozenset({"learning_rate", "schedule", "warmup_steps", "carry_state", "carry_steps"})
 _ABLATION_KEYS = ("ablation", "chunk_size", "cema_ndim")
 _ABLATIONS = {"no_cema": "without CEMA", "layer_norm": "LayerNorm in place of TimestepNorm"}
 
@@ -314,7 +314,8 @@ def _complete(
 
 def show_setting(setting: Setting) -> str:
     warmup = f", warm-up of {setting.warmup_steps} steps" if setting.warmup_steps else ""
-    return f"learning rate {setting.learning_rate:g}, {setting.schedule}{warmup}"
+    anew = f", streams anew after {setting.carry_steps} steps" if setting.carry_steps else ""
+    return f"learning rate {setting.learning_rate:g}, {setting.schedule}{warmup}{anew}"
 
 
 def _arrange_variants(protocol: Mapping[str, Group], runs: Sequence[Run]) -> list[Variant]:

@@ -147,6 +147,7 @@ def make_tuned(folder: Path, seeds: tuple[int, ...] = (7, 8)) -> None:
             )
     for seed in seeds:
         run = folder / f"carried-{seed}"
-        make_run(run, "megalodon", seed, loss=line(3, 1.25), carry_state=True, **BEST)
+        carried = {"carry_state": True, "carry_steps": 8, **BEST}
+        make_run(run, "megalodon", seed, loss=line(3, 1.25), **carried)
         write_evaluation(run, "stream.json", {"streams": 1, "segment": 8192}, 1.1)
         write_evaluation(run, "windows.json", {"context": 512, "stride": 512}, 1.2)

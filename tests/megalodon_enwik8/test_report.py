@@ -191,7 +191,9 @@ def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None
     assert "nan" not in text
 
 
-@pytest.mark.parametrize("other", [{"device": "cuda (NVIDIA H100)"}, {"threads": 1}])
+@pytest.mark.parametrize(
+    "other", [{"device": "cuda (NVIDIA H100)"}, {"processor": "Another"}, {"threads": 1}]
+)
 def test_seconds_of_different_machines_are_not_compared(
     tmp_path: Path, other: dict[str, Any]
 ) -> None:
@@ -291,14 +293,14 @@ def test_each_model_enters_with_the_best_of_its_grid(tmp_path: Path) -> None:
     assert "The grid: 3 settings of Megalodon and 3 settings of Llama" in text
     assert "after 400 steps with seed 7" in text
     # The protocol's runs, from 3 to 1.5, are at 2.5 by then.
-    assert row(text, "0.0004", "constant", "0") == ["2.5000", "2.5000"]
-    assert row(text, "0.001", "cosine", "50")[:2] == ["**1.8000**", "**1.7000**"]
-    assert row(text, "0.002", "constant", "0") == ["1.9000", "1.8000"]
-    start = ["0.001", "cosine", "50"]
+    assert row(text, "0.0004", "constant", "0", "–") == ["2.5000", "2.5000"]
+    assert row(text, "0.001", "cosine", "50", "–")[:2] == ["**1.8000**", "**1.7000**"]
+    assert row(text, "0.002", "constant", "0", "–") == ["1.9000", "1.8000"]
+    start = ["0.001", "cosine", "50", "–"]
     ours = row(text, "Megalodon", *start)
     assert ours[:4] == ["1.3000 ± 0.0000", "1.8755", "+0.1000", "+0.1000 to +0.1000"]
     assert row(text, "Llama", *start)[2:4] == ["–", "–"]
-    carried = row(text, "Megalodon with carried state", *start)
+    carried = row(text, "Megalodon with carried state", *start[:-1], "8 steps")
     assert carried[:3] == ["1.2500 ± 0.0000", "1.8034", "+0.0500"]
     assert carried[4:6] == ["1.7312 ± 0.0000", "1.5870 ± 0.0000"]  # 1.2 and 1.1 nats
     assert "the Llama reaches 1.7312 bits per byte and Megalodon 1.8755: 7.69 % lower" in text
@@ -315,7 +317,7 @@ def test_the_protocols_runs_enter_where_theirs_is_the_best_setting(tmp_path: Pat
     make_run(tmp_path / "runs" / "carried", "megalodon", 8, carry_state=True)
     text = section(report(tmp_path), "Each model at its own best")
     assert "After 1,200 steps, seed 8, each model at its own best" in text
-    assert row(text, "Llama", "0.0004", "constant", "0")[0] == "0.5000"
+    assert row(text, "Llama", "0.0004", "constant", "0", "–")[0] == "0.5000"
 
 
 def test_a_short_run_of_the_protocol_belongs_to_a_grid_of_its_length(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_a_short_run_of_the_protocol_belongs_to_a_grid_of_its_length(tmp_path: P
             options = {"num_batches": 400, "learning_rate": rate, "loss": line(3, 1000 * rate, 400)}
             make_run(tmp_path / "runs" / f"{model}-{rate}", model, 7, **options)
     text = section(report(tmp_path), "Each model at its own best")
-    assert row(text, "0.0004", "constant", "0") == ["**0.4000**", "**0.4000**"]
+    assert row(text, "0.0004", "constant", "0", "–") == ["**0.4000**", "**0.4000**"]
     assert "No run of full length with these settings is given yet." in text
 
 

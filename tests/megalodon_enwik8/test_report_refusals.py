@@ -17,6 +17,7 @@ import yaml
 from megalodon_enwik8.report import BEGIN, END
 
 from .run_folders import (
+    BEST,
     line,
     make_pair,
     make_run,
@@ -174,6 +175,9 @@ def test_the_tuned_table_refuses_an_unfair_fight(
     assert "best-megalodon-7: learning rate 0.001, cosine, warm-up of 50 steps is not the" in said
     odd = make_run(tmp_path / "runs" / "odd", "llama", 9, learning_rate=3e-3)
     assert "are Llama with different settings" in said_without()
+    shutil.rmtree(odd)
+    make_run(odd, "megalodon", 9, carry_state=True, carry_steps=2, **BEST)
+    assert "are Megalodon with carried state with different settings" in said_without()
     shutil.rmtree(odd)
     make_run(odd, "llama", 9, learning_rate=3e-3, num_batches=1500)
     assert "steps: 1200 in the first, 1500 in the second" in said_without()
