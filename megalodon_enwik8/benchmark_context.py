@@ -206,8 +206,8 @@ def make_tables(rows: list[dict[str, Any]]) -> str:
         precision = "bfloat16 autocast" if first["use_autocast"] else "float32"
         extras = [name for name in ("compile", "gradient_checkpointing") if first[name]]
         parts.append(
-            f"**Training**, {first['layers']} layers, {first['tokens']:,} bytes a step (at least "
-            f"one row), chunks of {first['chunk_size']}, "
+            f"**Training**, {first['layers']} layers, {first['tokens']:,} bytes a step, or one row "
+            f"where that is longer, chunks of {first['chunk_size']}, "
             f"{', '.join([precision, *extras]).replace('_', ' ')}:"
         )
         columns: dict[str, Cell] = {
@@ -219,12 +219,14 @@ def make_tables(rows: list[dict[str, Any]]) -> str:
     if decoding:
         parts.append(
             f"**Reading a prompt and writing on**, {decoding[0]['layers']} layers, one row, "
-            "float32:"
+            "float32; the prompt is read at once, which is what takes the memory (the state alone "
+            "is a Megalodon's when a text is read in pieces):"
         )
         columns = {
             "prompt bytes/s": lambda row: f"{row['prefill_tokens_per_second']:,.0f}",
             "new bytes/s": lambda row: f"{row['decode_tokens_per_second']:,.1f}",
             "state bytes": lambda row: f"{row['state_bytes']:,}",
+            "peak MB": lambda row: f"{row['peak_memory_bytes'] / 1e6:,.0f}",
         }
         parts.append(_table(decoding, columns))
     for row in rows:
@@ -236,7 +238,9 @@ def make_tables(rows: list[dict[str, Any]]) -> str:
         if "failed" in row
     ]
     if failed:
-        parts.append("\n".join(["Not measured:", "", *failed]))
+        parts.append("\n".join(["Given up:", "", *failed]))
+    if any(row["kind"] in ("train", "decode") for row in rows):
+        parts.append("A dash stands where nothing was measured.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -58,6 +58,7 @@ def run(options: Namespace) -> int:
         "sequences": SEQUENCES,
         "seq_len": options.seq_len,
         "dtype": "bfloat16 autocast",
+        "timed_steps": options.steps,
         "rows": [],
         "ratios": [],
     }

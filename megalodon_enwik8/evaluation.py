@@ -217,7 +217,11 @@ def _result(
         "checkpoint": str(path),
         "step": checkpoint.step,
         "model": config.model,
-        "trained_at": {"seq_len": config.seq_len, "carry_state": config.carry_state},
+        "trained_at": {
+            "seed": config.seed,
+            "seq_len": config.seq_len,
+            "carry_state": config.carry_state,
+        },
         "use_autocast": config.use_autocast,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,

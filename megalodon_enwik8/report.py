@@ -10,21 +10,28 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalodon_enwik8 import benchmark_context, report_comparison, report_sections
+from megalodon_enwik8 import (
+    benchmark_context,
+    report_comparison,
+    report_sections,
+    report_wall_clock,
+)
 from megalodon_enwik8.command_line import Parser
 from megalodon_enwik8.drawing import check_can_draw
 from megalodon_enwik8.errors import UserError, run_main
 from megalodon_enwik8.files import atomic_write, make_folder
-from megalodon_enwik8.report_format import beginning, duration, shown, table
+from megalodon_enwik8.report_format import beginning, duration, seeds_text, shown, table
+from megalodon_enwik8.report_groups import hardware, timing_differences
 from megalodon_enwik8.report_pictures import draw_curves
-from megalodon_enwik8.report_runs import MODELS, NAMES, find_runs, read_run
+from megalodon_enwik8.report_runs import MODELS, NAMES, Group, find_runs, read_run
 from megalodon_enwik8.report_study import Study, arrange
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+_AGAIN = "runs/again"  # for runs that are made again
 _COMPARISON, _TUNED, _CONTEXT = "comparison.svg", "tuned.svg", "context.svg"
 _ALT = "BPC of Megalodon and the Llama against steps and against seconds of training"
 
@@ -39,7 +46,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of them")
     parser.add_argument("--out", default="RESULTS.md", metavar="FILE", help="(%(default)s)")
     parser.add_argument(
-        "--pictures", metavar="DIR", help="where the pictures go (results/ beside --out)"
+        "--pictures",
+        metavar="DIR",
+        help="where the pictures go (beside --out and named like it: results/ for RESULTS.md)",
     )
     parser.add_argument(
         "--context", metavar="FILE", help="context.json of `benchmark context`, to show as well"
@@ -58,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     out = Path(options.out)
-    pictures = Path(options.pictures) if options.pictures else out.parent / "results"
+    pictures = Path(options.pictures) if options.pictures else out.with_name(out.stem.lower())
     check_can_draw(pictures / _COMPARISON)
     readme = _read_readme(options.readme) if options.readme else None
     context = _read_context(options.context) if options.context else None
@@ -99,8 +108,8 @@ def document(
     ours, theirs = (study.protocol[model] for model in MODELS)
     parts = [
         "# Results",
-        "Made by `python -m megalodon_enwik8.report` from run folders: every figure that is not "
-        "marked as quoted is computed from them.",
+        "Made by `python -m megalodon_enwik8.report`: every figure that is not marked as quoted is "
+        "computed from run folders, or comes from a benchmark whose command stands beside it.",
         *_first_screen(study, command),
         f"![{_ALT}]({pictures}/{_COMPARISON})",
         "## At equal steps",
@@ -110,10 +119,13 @@ def document(
         "## At equal wall-clock",
         "Seconds are those of the training steps, without validation and samples. Between two "
         "validations the loss is taken to fall in a straight line.",
-        report_comparison.equal_seconds(ours, theirs, *NAMES.values()),
+        report_wall_clock.equal_seconds(ours, theirs, *NAMES.values()),
     ]
     if study.tuned is not None:
-        parts += ["## Each model at its own best", report_sections.tuned_section(study.tuned)]
+        parts += [
+            "## Each model at settings of its own",
+            report_sections.tuned_section(study.tuned),
+        ]
         if study.tuned.entrants:
             parts.append(
                 "![BPC of the tuned models against steps and against seconds of training]"
@@ -122,11 +134,16 @@ def document(
     if study.variants:
         parts += ["## What carries the gain", report_sections.variants_section(study)]
     if speed is not None:
-        parts += ["## Speed of a training step", speed]
+        parts += [
+            "## Speed of a training step",
+            speed,
+            "Measured by `python -m megalodon_enwik8.benchmark train`.",
+        ]
     if context is not None:
         parts += [
             "## Speed and memory against context",
             context.strip(),
+            "Measured by `python -m megalodon_enwik8.benchmark context`.",
             f"![Throughput and memory against the length of the context]({pictures}/{_CONTEXT})",
         ]
     parts += ["## enwik8: the published figures", report_sections.published_section(study)]
@@ -140,26 +157,30 @@ def document(
 def _first_screen(study: Study, command: str) -> list[str]:
     """What was compared, on what, the result, how sure, and how to check it."""
     run = study.first
-    corpus = run.environment.corpus
+    corpus, settings = run.environment.corpus, run.settings
     counts = [
         f"{next(iter(study.protocol[model].values())).environment.parameters:,}" for model in MODELS
     ]
+    passes = run.steps * run.bytes_per_step / corpus.train_bytes
+    share = 100 * settings.val_batches * settings.seq_len / corpus.val_bytes
     seconds = sum(each.seconds for each in study.runs)
     return [
         f"**What was compared.** Megalodon ({counts[0]} parameters) with a Llama-style "
-        f"Transformer, transformers' own ({counts[1]} parameters), trained alike: "
-        f"{report_comparison.settings_text(study)}.",
+        f"Transformer, transformers' own with its own initialisation ({counts[1]} parameters), "
+        f"trained alike: {report_comparison.settings_text(study)}.",
         f"**On what.** {beginning(report_comparison.text_of(run))}: "
-        f"{corpus.train_bytes:,} bytes to train on and {corpus.val_bytes:,} to validate, SHA-256 "
-        f"`{corpus.sha256}`. The validation loss is the mean over the same "
-        f"{run.settings.val_batches} windows of {run.settings.seq_len} bytes every time, in nats "
-        "per byte; BPC, bits per byte, is that over ln 2.",
+        f"{corpus.train_bytes:,} bytes to train on, of which a run reads {passes:.2g} times as "
+        f"many, and {corpus.val_bytes:,} to validate, SHA-256 `{corpus.sha256}`. The validation "
+        f"loss is the mean over the same {settings.val_batches} windows of {settings.seq_len} "
+        f"bytes every time ({share:.2g} % of the split, evenly spaced), in nats per byte; BPC, "
+        "bits per byte, is that over ln 2.",
         f"**The result.** {report_comparison.headline(study)}",
         f"**How sure.** {report_comparison.how_sure(study)}",
-        "**How to check it.** [The runs](#the-runs) are made by one command each, "
-        f"{duration(seconds)} of training in all for the {len(study.runs)} of this "
-        f"page, and the page by",
-        f"```sh\n{command}\n```",
+        "**How to check it.** This page is made from the run folders given by the first of these "
+        f"commands. [The runs](#the-runs) are made again by one command each, {duration(seconds)} "
+        f"of training steps in all for the {len(study.runs)} of this page, to which start-up, "
+        "validation and samples add a little; the second command makes a page of those.",
+        f"```sh\n{command}\npython -m megalodon_enwik8.report {_AGAIN} --out {_AGAIN}.md\n```",
     ]
 
 
@@ -167,8 +188,10 @@ def _commands(study: Study) -> str:
     """One command for each run, with its time."""
     rows = []
     for run in study.runs:
-        config = shlex.quote(f"{shown(run.path)}/config.yaml")
-        folder = shlex.quote(f"runs/{run.path.resolve().name}")
+        place = Path(shown(run.path))
+        config = shlex.quote(f"{place.as_posix()}/config.yaml")
+        inner = Path(*place.parts[1:]) if len(place.parts) > 1 else place
+        folder = shlex.quote(f"{_AGAIN}/{inner.as_posix()}")
         command = f"`python train.py --config {config} run_dir={folder}`"
         rows.append([command, f"{run.steps:,}", f"{run.seconds:,.0f}"])
     return table(["command", "steps", "seconds of training"], rows)
@@ -198,14 +221,21 @@ def _draw(study: Study, context: list[dict[str, Any]] | None, folder: Path) -> l
     drawn = [folder / _COMPARISON]
     groups = {NAMES[model]: study.protocol[model] for model in MODELS}
     name = study.first.environment.corpus.name
-    draw_curves(groups, f"{name}: the same settings for both models", drawn[0])
+    _draw_groups(groups, f"{name}: the same settings for both models", drawn[0])
     if study.tuned is not None and study.tuned.entrants:
         drawn.append(folder / _TUNED)
         entrants = {key.name: value.group for key, value in study.tuned.entrants.items()}
-        draw_curves(entrants, f"{name}: each model at its own best", drawn[-1])
+        _draw_groups(entrants, f"{name}: settings of its own for each model", drawn[-1])
     if context is not None and benchmark_context.draw(context, folder / _CONTEXT):
         drawn.append(folder / _CONTEXT)
     return drawn
+
+
+def _draw_groups(groups: Mapping[str, Group], title: str, path: Path) -> None:
+    seeds = seeds_text(sorted(next(iter(groups.values()))))
+    where = f"{seeds}; {hardware(groups.values())}"
+    compares = not timing_differences(groups.values())
+    draw_curves(groups, f"{title}\n{where}", path, seconds=compares)
 
 
 def _read(path: str) -> str:

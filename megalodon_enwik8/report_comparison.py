@@ -1,8 +1,8 @@
-"""The two models of the protocol: the headline, and the sections at equal steps and equal time."""
+"""The two models of the protocol: the headline, and the section at equal steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from megalodon_enwik8.report_format import (
@@ -16,82 +16,32 @@ from megalodon_enwik8.report_format import (
     spread,
     table,
 )
-from megalodon_enwik8.report_runs import MODELS, NAMES, PROTOCOL, Group, Run
-from megalodon_enwik8.report_statistics import (
-    Summary,
-    first_reach,
-    loss_after,
-    paired,
-    summarize,
+from megalodon_enwik8.report_groups import (
+    bpc_at,
+    common_steps,
+    figures,
+    full_bpc,
+    hardware,
+    known_mean,
+    loss_at,
+    peak_megabytes,
+    timing_differences,
 )
+from megalodon_enwik8.report_runs import MODELS, NAMES, PROTOCOL, Contender, Group, Run
+from megalodon_enwik8.report_statistics import leader, paired, summarize
 from megalodon_enwik8.report_study import Study
+from megalodon_enwik8.report_wall_clock import at_equal_seconds
 from megalodon_enwik8.utils import bits_per_byte
-
-_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the time of the shortest run
 
 
 def settings_text(study: Study) -> str:
     """The experiment in a sentence."""
-    run = study.first
-    devices = {
-        session.hardware
-        for group in study.protocol.values()
-        for run in group.values()
-        for session in run.environment.sessions
-    }
+    settings = study.first.settings
     return (
-        f"{run.steps:,} steps of {run.sequences} sequences of {run.settings.seq_len} bytes, Adam "
-        f"with learning rate {PROTOCOL['learning_rate']:g}, bfloat16 autocast, "
-        f"{seeds_text(study.seeds)}; on {listed(sorted(devices))}"
+        f"{settings.num_batches:,} steps of {settings.sequences} sequences of {settings.seq_len} "
+        f"bytes, Adam with learning rate {PROTOCOL['learning_rate']:g}, bfloat16 autocast, "
+        f"{seeds_text(study.seeds)}; on {hardware(study.protocol.values())}"
     )
-
-
-def figures(group: Group, figure: Callable[[Run], float]) -> dict[int, float]:
-    """A figure of each run, by seed."""
-    return {seed: figure(run) for seed, run in sorted(group.items())}
-
-
-def common_steps(groups: Iterable[Group]) -> list[int]:
-    """The steps, hundreds and the end, after which all runs were validated."""
-    runs = [run for group in groups for run in group.values()]
-    common = set.intersection(*({point.step for point in run.points} for run in runs))
-    return sorted(step for step in common if step % 100 == 0 or step == runs[0].steps)
-
-
-def loss_at(step: int) -> Callable[[Run], float]:
-    """The figure: validation loss after so many steps, after which all runs were validated."""
-
-    def figure(run: Run) -> float:
-        loss = run.loss_at(step)
-        assert loss is not None
-        return loss
-
-    return figure
-
-
-def bpc_at(step: int) -> Callable[[Run], float]:
-    return lambda run: bits_per_byte(loss_at(step)(run))
-
-
-def seconds_compare(groups: Iterable[Group]) -> bool:
-    """Whether all runs were made on one kind of device with one number of threads."""
-    sessions = [
-        session
-        for group in groups
-        for run in group.values()
-        for session in run.environment.sessions
-    ]
-    return len({(session.hardware, session.threads) for session in sessions}) == 1
-
-
-def shared_seconds(groups: Iterable[Group]) -> float:
-    """The time after which the fastest of the runs had ended."""
-    return min(run.seconds for group in groups for run in group.values())
-
-
-def after_seconds(group: Group, seconds: float) -> dict[int, float]:
-    """BPC of each run after so many seconds."""
-    return figures(group, lambda run: bits_per_byte(loss_after(run.points, seconds)))
 
 
 def text_of(run: Run) -> str:
@@ -105,28 +55,59 @@ def text_of(run: Run) -> str:
 
 
 def headline(study: Study) -> str:
-    """Who is ahead at equal steps, by how much and how surely, and who at equal wall-clock."""
+    """Who is ahead at equal steps, by how much and how surely, who at equal wall-clock, and at
+    what size and memory; and who at the best settings of each."""
     ours, theirs = (study.protocol[model] for model in MODELS)
-    pair = (ours, theirs, NAMES["megalodon"], NAMES["llama"])
-    return f"On {text_of(study.first)}, {at_equal_steps(*pair)} {at_equal_seconds(*pair)}"
+    names = (NAMES["megalodon"], NAMES["llama"])
+    sentences = [
+        f"On {text_of(study.first)}, {at_equal_steps(ours, theirs, *names)}",
+        at_equal_seconds(ours, theirs, *names),
+        size_and_memory(ours, theirs),
+    ]
+    if study.tuned is not None and study.tuned.entrants:
+        plain = [study.tuned.entrants[Contender(model, False)].group for model in MODELS]
+        best = "the best settings of its grid" if study.tuned.grid else "settings of its own"
+        tuned = at_equal_steps(plain[0], plain[1], *names)
+        sentences.append(f"With {best} for each, {tuned}")
+    return " ".join(sentences)
 
 
-def leader(gap: Summary, our_name: str, their_name: str) -> str | None:
-    """Who has the lower loss, where `gap` is ours minus theirs; None if that is undecided."""
-    if gap.mean == 0 or (gap.count > 1 and not gap.sign):
-        return None
-    return our_name if gap.mean < 0 else their_name
+def size_and_memory(ours: Group, theirs: Group) -> str:
+    """Which model is the smaller, and which takes the more memory to train."""
+    sizes = [float(next(iter(group.values())).environment.parameters) for group in (ours, theirs)]
+    parts = [f"has {_compared(sizes, 'fewer', 'as many')} parameters"]
+    peaks = [
+        mean for group in (ours, theirs) if (mean := known_mean(group, peak_megabytes)) is not None
+    ]
+    if len(peaks) == 2 and not timing_differences((ours, theirs)):
+        parts.append(f"takes {_compared(peaks, 'less', 'as much')} memory at its peak")
+    return f"Beside the Llama, Megalodon {' and '.join(parts)}."
 
 
-def at_equal_steps(ours: Group, theirs: Group, our_name: str, their_name: str) -> str:
+def _compared(values: Sequence[float], less: str, equal: str) -> str:
+    percent = 100 * (values[0] / values[1] - 1)
+    if abs(percent) < 0.5:
+        return equal
+    return f"{abs(percent):.0f} % {'more' if percent > 0 else less}"
+
+
+def at_equal_steps(
+    ours: Group, theirs: Group, our_name: str, their_name: str, data: str = "the same data"
+) -> str:
     """The plain statement of who is ahead after the same steps, to go on after a comma."""
     steps = next(iter(ours.values())).steps
     a, b = (figures(group, bpc_at(steps)) for group in (ours, theirs))
     gap = paired(a, b)
-    (low, lower), (high, higher) = sorted(
-        (fmean(values.values()), in_a_sentence(name))
-        for values, name in ((a, our_name), (b, their_name))
+    (low, lower, first), (high, higher, second) = sorted(
+        (
+            (fmean(values.values()), in_a_sentence(name), known_mean(group, full_bpc))
+            for values, name, group in ((a, our_name, ours), (b, their_name, theirs))
+        ),
+        key=lambda each: each[:2],
     )
+    whole = ""
+    if first is not None and second is not None:
+        whole = f" ({first:.4f} and {second:.4f} over the whole validation split)"
     percent = f"{100 * (high - low) / high:.2f} % lower"
     if gap.count == 1:
         result = f"{percent} with the one seed tried, so without an interval"
@@ -142,40 +123,8 @@ def at_equal_steps(ours: Group, theirs: Group, our_name: str, their_name: str) -
             f"{interval(gap)}"
         )
     return (
-        f"after {steps:,} steps on the same data, {lower} reaches {low:.4f} bits per byte and "
-        f"{higher} {high:.4f}: {result}."
-    )
-
-
-def at_equal_seconds(ours: Group, theirs: Group, our_name: str, their_name: str) -> str:
-    """The plain statement of who is ahead at equal wall-clock."""
-    if not seconds_compare((ours, theirs)):
-        return (
-            "At equal wall-clock nothing can be said: the runs were made on different devices or "
-            "numbers of threads."
-        )
-    seconds = shared_seconds((ours, theirs))
-    a, b = (after_seconds(group, seconds) for group in (ours, theirs))
-    gap = paired(a, b)
-    (low, lower), (high, higher) = sorted(
-        (fmean(values.values()), in_a_sentence(name))
-        for values, name in ((a, our_name), (b, their_name))
-    )
-    fastest = our_name if seconds == shared_seconds([ours]) else their_name
-    when = (
-        f"after {seconds:,.0f} s of training, in which {in_a_sentence(fastest)} had made all its "
-        "steps"
-    )
-    if leader(gap, our_name, their_name):
-        but = ", with the one seed tried" if gap.count == 1 else ""
-        return (
-            f"At equal wall-clock {lower} is ahead{but}: {low:.4f} against {high:.4f} bits per "
-            f"byte {when}."
-        )
-    return (
-        f"At equal wall-clock it is undecided who is ahead: {lower} has {low:.4f} and {higher} "
-        f"{high:.4f} bits per byte {when}, and the 95 % interval of the difference is "
-        f"{interval(gap)}."
+        f"after {steps:,} steps on {data}, {lower} reaches {low:.4f} bits per byte and "
+        f"{higher} {high:.4f}{whole}: {result}."
     )
 
 
@@ -186,7 +135,8 @@ def how_sure(study: Study) -> str:
     if gap.count == 1:
         return (
             f"One run of each model, with seed {study.seeds[0]}: there is no interval, and "
-            "another seed may change a small difference, or its sign."
+            "another seed may change a small difference, or its sign; other windows, another "
+            "text, size or length of training may too."
         )
     mine, other = summarize(list(a.values())), summarize(list(b.values()))
     touch = "touch" if mine.touches(other) else "do not touch"
@@ -198,7 +148,8 @@ def how_sure(study: Study) -> str:
         f"{gap.count - 1} degree{'s' if gap.count > 2 else ''} of freedom. The intervals of the "
         f"two mean losses at the end, {mine.low:.4f} to {mine.high:.4f} and {other.low:.4f} to "
         f"{other.high:.4f}, {touch}; that of the difference, {interval(gap)}, {zero}. They tell "
-        "what another seed may change, not what another text, size or length of training would."
+        "what another seed may change, not what other windows, another text, size or length of "
+        "training would."
     )
 
 
@@ -216,10 +167,15 @@ def equal_steps(study: Study) -> str:
         rows.append(_row(f"BPC at {step}", groups, bpc_at(step)))
     rows += [
         _row("BPC of the whole validation split", groups, full_bpc),
-        _row("wall-clock of the training, s", groups, lambda run: run.seconds, 0),
-        _row("bytes (tokens) per second", groups, lambda run: run.bytes_per_second, 0),
-        _row("peak memory, MiB", groups, peak_mebibytes, 0),
     ]
+    unlike = timing_differences(groups)
+    for name, figure, digits in (
+        ("wall-clock of the training, s", lambda run: run.seconds, 0),
+        ("a step, s (median)", lambda run: run.median_step_seconds, 3),
+        ("bytes (tokens) per second", lambda run: run.bytes_per_second, 0),
+        ("peak memory, MB", peak_megabytes, 0),
+    ):
+        rows.append(_row(name, groups, figure, digits, differences=not unlike))
     header = ["", *NAMES.values(), "Megalodon − Llama", "95 % interval", "relative"]
     skipped = [run for group in groups for run in group.values() if run.end.skipped_steps]
     notes = "".join(
@@ -227,10 +183,14 @@ def equal_steps(study: Study) -> str:
         "not finite."
         for run in skipped
     )
-    memory = (
-        "\n\nPeak memory is that of tensors on a CUDA device, and of the whole process elsewhere."
+    notes = (
+        "\n\nWall-clock is that of the training steps, the compilation within the first of them "
+        "included; a disturbed step shows in it and not in the median. Peak memory is that of "
+        f"tensors on a CUDA device, and of the whole process elsewhere.{notes}"
     )
-    return table(header, rows) + memory + notes
+    if unlike:
+        notes += f"\n\nTime and memory are not compared: the runs differ in {listed(unlike)}."
+    return table(header, rows) + notes
 
 
 def _row(
@@ -240,6 +200,7 @@ def _row(
     digits: int = 4,
     *,
     constant: bool = False,
+    differences: bool = True,
 ) -> list[str]:
     """A figure of both models and its difference; dashes for a model that lacks it in a run."""
     values = [{seed: figure(run) for seed, run in sorted(group.items())} for group in groups]
@@ -251,7 +212,7 @@ def _row(
         spread(summarize(list(each.values())), digits) if ok else NONE
         for each, ok in zip(known, whole, strict=True)
     ]
-    if not all(whole):
+    if not (all(whole) and differences):
         return [name, *cells, NONE, NONE, NONE]
     gap = paired(*known)
     relative = 100 * gap.mean / summarize(list(known[1].values())).mean
@@ -262,18 +223,6 @@ def _row(
         interval(gap, digits),
         f"{signed(relative, 2)} %",
     ]
-
-
-def full_bpc(run: Run) -> float | None:
-    return None if run.full_loss is None else bits_per_byte(run.full_loss)
-
-
-def streamed_bpc(run: Run) -> float | None:
-    return None if run.streamed_loss is None else bits_per_byte(run.streamed_loss)
-
-
-def peak_mebibytes(run: Run) -> float | None:
-    return None if run.peak_memory_bytes is None else run.peak_memory_bytes / 2**20
 
 
 def every_hundred_steps(study: Study) -> str:
@@ -294,48 +243,3 @@ def every_hundred_steps(study: Study) -> str:
         )
     header = ["step", "Megalodon, loss", "Llama, loss", "difference", "95 % interval"]
     return table([*header, "Megalodon, BPC", "Llama, BPC"], rows)
-
-
-def equal_seconds(ours: Group, theirs: Group, our_name: str, their_name: str) -> str:
-    """BPC at shared times, the statement, and what each needs to reach the other."""
-    parts = []
-    if seconds_compare((ours, theirs)):
-        last = shared_seconds((ours, theirs))
-        rows = []
-        for share in _SHARES:
-            seconds = share * last
-            a, b = after_seconds(ours, seconds), after_seconds(theirs, seconds)
-            gap = paired(a, b)
-            rows.append(
-                [
-                    f"{seconds:,.0f}",
-                    *(spread(summarize(list(each.values()))) for each in (a, b)),
-                    signed(gap.mean, 4),
-                    interval(gap),
-                    leader(gap, our_name, their_name) or "undecided",
-                ]
-            )
-        header = ["seconds", f"{our_name}, BPC", f"{their_name}, BPC"]
-        parts.append(table([*header, "difference", "95 % interval", "ahead"], rows))
-    parts.append(at_equal_seconds(ours, theirs, our_name, their_name))
-    parts.append(
-        table(
-            ["", "to reach the final validation loss of", "steps", "seconds"],
-            [
-                [our_name, in_a_sentence(their_name), *_reach(ours, theirs)],
-                [their_name, in_a_sentence(our_name), *_reach(theirs, ours)],
-            ],
-        )
-    )
-    return "\n\n".join(parts)
-
-
-def _reach(ours: Group, theirs: Group) -> list[str]:
-    """Steps and seconds that ours need, seed by seed, to reach what theirs end with."""
-    found = [first_reach(run.points, theirs[seed].loss) for seed, run in sorted(ours.items())]
-    reached = [pair for pair in found if pair is not None]
-    if len(reached) < len(found):
-        if not reached:
-            return ["not reached", "not reached"]
-        return [f"not reached with {len(found) - len(reached)} of {len(found)} seeds"] * 2
-    return [spread(summarize(values), 0) for values in zip(*reached, strict=True)]

@@ -23,15 +23,22 @@ _COLORS = {
 }
 
 
-def draw_curves(groups: Mapping[str, Group], title: str, path: Path) -> None:
+def draw_curves(
+    groups: Mapping[str, Group], title: str, path: Path, *, seconds: bool = True
+) -> None:
     """BPC against steps and against seconds: a thin line for each seed, a thick one for the mean.
 
-    groups: runs by name, with the same steps. The height is that of the last three quarters.
+    groups: runs by name, with the same steps; seconds: whether theirs compare, and are drawn. The
+    height is that of the last three quarters.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6))
-    by_step, by_seconds = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(9 if seconds else 4.5, 3.8))
+    panels = {"step": "steps", "seconds": "seconds of training"}
+    if not seconds:
+        del panels["seconds"]
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    by_step = all_axes[0]
     for name, group in groups.items():
         runs = [run.points for run in group.values()]
         common = set.intersection(*({point.step for point in points} for points in runs))
@@ -40,7 +47,7 @@ def draw_curves(groups: Mapping[str, Group], title: str, path: Path) -> None:
             Point(same[0].step, fmean(p.seconds for p in same), fmean(p.loss for p in same))
             for same in zip(*runs, strict=True)
         ]
-        for axes, coordinate in ((by_step, "step"), (by_seconds, "seconds")):
+        for axes, coordinate in zip(all_axes, panels, strict=True):
             if len(runs) > 1:
                 for points in runs:
                     _plot(axes, points, coordinate, color=_COLORS[name], linewidth=0.7, alpha=0.5)
@@ -56,13 +63,13 @@ def draw_curves(groups: Mapping[str, Group], title: str, path: Path) -> None:
     low, high = bits_per_byte(min(late)), bits_per_byte(max(late))
     margin = 0.05 * (high - low) or 0.1
     by_step.set_ylim(low - margin, high + margin)
-    by_step.set(xlabel="steps", ylabel="BPC on the validation windows")
-    by_seconds.set(xlabel="seconds of training")
-    for axes in (by_step, by_seconds):
+    by_step.set(ylabel="BPC on the validation windows")
+    for axes, label in zip(all_axes, panels.values(), strict=True):
+        axes.set(xlabel=label)
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
     by_step.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     figure.tight_layout()
     save_picture(figure, path)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
@@ -48,10 +49,21 @@ class Settings(BaseModel):
     ablation: str
     chunk_size: int
     cema_ndim: int
+    llama_init: str
+    gradient_checkpointing: bool
     generate_prompt_len: int
     generate_length: int
     temperature: float
     min_p: float
+
+    @property
+    def sequences(self) -> int:
+        """In a step."""
+        return self.batch_size * self.grad_accum_every
+
+    @property
+    def bytes_per_step(self) -> int:
+        return self.sequences * self.seq_len
 
 
 class CorpusFacts(BaseModel):
@@ -79,7 +91,10 @@ class Session(BaseModel):
 
     @property
     def hardware(self) -> str:
-        return f"{self.device}, {self.processor}" if self.processor else self.device
+        """The device; of a CPU also its name."""
+        if self.device.startswith("cpu (") and self.processor:
+            return self.device.replace("(", f"({self.processor}, ", 1)
+        return self.device
 
 
 class Environment(BaseModel):
@@ -102,11 +117,20 @@ class Row(BaseModel):
     sample: str | None = None
 
 
+class TrainedAt(BaseModel):
+    """How the checkpoint of an evaluation was trained."""
+
+    seed: int
+    seq_len: int
+    carry_state: bool
+
+
 class Evaluation(BaseModel):
     """What `python -m megalodon_enwik8.evaluation` writes."""
 
     step: int
     model: str
+    trained_at: TrainedAt
     corpus_sha256: str
     split: str
     reading: dict[str, int]
@@ -143,9 +167,11 @@ class Run:
     environment: Environment
     points: Sequence[Point]  # its validations, the last at the end
     end: Row
+    median_step_seconds: float | None
     peak_memory_bytes: int | None
     full_loss: float | None  # of the whole validation split, in windows of seq_len
-    streamed_loss: float | None  # of the whole validation split, read as a stream
+    streamed_loss: float | None  # of the whole validation split, read as streams
+    streams: int | None  # that were read side by side
 
     @property
     def seed(self) -> int:
@@ -156,12 +182,8 @@ class Run:
         return self.settings.num_batches
 
     @property
-    def sequences(self) -> int:
-        return self.settings.batch_size * self.settings.grad_accum_every
-
-    @property
     def bytes_per_step(self) -> int:
-        return self.sequences * self.settings.seq_len
+        return self.settings.bytes_per_step
 
     @property
     def seconds(self) -> float:
@@ -246,9 +268,11 @@ def read_run(path: str | Path) -> Run:
         environment=environment,
         points=_points(rows, settings, folder / "metrics.jsonl"),
         end=end,
+        median_step_seconds=_median_step_seconds(rows, settings),
         peak_memory_bytes=max(peaks, default=None),
         full_loss=end.full_val_loss,
         streamed_loss=None,
+        streams=None,
     )
     return _with_evaluations(run)
 
@@ -278,9 +302,13 @@ def _read_rows(folder: Path) -> list[Row]:
     return rows
 
 
+def _median_step_seconds(rows: Sequence[Row], settings: Settings) -> float | None:
+    speeds = [row.tokens_per_second for row in rows if row.tokens_per_second is not None]
+    return settings.bytes_per_step / median(speeds) if speeds else None
+
+
 def _points(rows: Sequence[Row], settings: Settings, path: Path) -> list[Point]:
     """The validations of a run that has come to its end."""
-    bytes_per_step = settings.batch_size * settings.grad_accum_every * settings.seq_len
     points: list[Point] = []
     for number, row in enumerate(rows, start=1):
         if row.val_loss is None:
@@ -290,7 +318,7 @@ def _points(rows: Sequence[Row], settings: Settings, path: Path) -> list[Point]:
             # A validation comes before the step of its row, and a row counts its own step.
             if row.tokens_per_second is None:
                 raise UserError(f"{path}: line {number}: has no tokens_per_second")
-            seconds = max(0.0, seconds - bytes_per_step / row.tokens_per_second)
+            seconds = max(0.0, seconds - settings.bytes_per_step / row.tokens_per_second)
         if points and not (points[-1].step < row.step and points[-1].seconds < seconds):
             raise UserError(f"{path}: line {number}: is not later than the validation before it")
         points.append(Point(row.step, seconds, row.val_loss))
@@ -329,32 +357,38 @@ def _check(kind: type[Model], content: object, where: str) -> Model:
 
 def _with_evaluations(run: Run) -> Run:
     """The run with what windows.json and stream.json in its folder add to it."""
-    full, streamed = run.full_loss, run.streamed_loss
+    full = run.full_loss
     path = run.path / "windows.json"
-    if path.exists():
+    if full is None and path.exists():
         windows = _read_evaluation(run, path)
         length = run.settings.seq_len
         if windows.reading != {"context": length, "stride": length}:
             raise UserError(f"{path}: is not of windows of {length} side by side, as all others")
         full = windows.loss
     path = run.path / "stream.json"
-    if path.exists():
-        stream = _read_evaluation(run, path)
-        if "streams" not in stream.reading:
-            raise UserError(f"{path}: is not of a stream: make it with --stream")
-        streamed = stream.loss
-    return replace(run, full_loss=full, streamed_loss=streamed)
+    if not path.exists():
+        return replace(run, full_loss=full)
+    stream = _read_evaluation(run, path)
+    if "streams" not in stream.reading:
+        raise UserError(f"{path}: is not of a stream: make it with --stream")
+    streams = stream.reading["streams"]
+    return replace(run, full_loss=full, streamed_loss=stream.loss, streams=streams)
 
 
 def _read_evaluation(run: Run, path: Path) -> Evaluation:
     result = _read_json(Evaluation, path)
+    settings = run.settings
     of_the_run = {
-        "model": run.settings.model,
+        "model": settings.model,
         "step": run.steps,
         "corpus_sha256": run.environment.corpus.sha256,
         "split": "val",
+        "seed": settings.seed,
+        "seq_len": settings.seq_len,
+        "carry_state": settings.carry_state,
     }
+    given = {**dict(result), **dict(result.trained_at)}
     for key, value in of_the_run.items():
-        if getattr(result, key) != value:
-            raise UserError(f"{path}: {key} is {getattr(result, key)}, but {value} of the run")
+        if given[key] != value:
+            raise UserError(f"{path}: {key} is {given[key]}, but {value} of the run")
     return result

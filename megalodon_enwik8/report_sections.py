@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megalodon_enwik8.report_comparison import (
-    at_equal_steps,
-    equal_seconds,
-    figures,
-    full_bpc,
-    loss_at,
-    seconds_compare,
-    streamed_bpc,
-)
+from megalodon_enwik8.report_comparison import at_equal_steps
 from megalodon_enwik8.report_format import (
     NONE,
     beginning,
+    in_a_sentence,
     interval,
     listed,
     seeds_text,
@@ -24,6 +17,14 @@ from megalodon_enwik8.report_format import (
     signed,
     spread,
     table,
+)
+from megalodon_enwik8.report_groups import (
+    figures,
+    full_bpc,
+    hardware,
+    loss_at,
+    streamed_bpc,
+    timing_differences,
 )
 from megalodon_enwik8.report_runs import (
     MODELS,
@@ -34,7 +35,8 @@ from megalodon_enwik8.report_runs import (
     Setting,
 )
 from megalodon_enwik8.report_statistics import paired, summarize
-from megalodon_enwik8.report_study import Entrant, Study, Tuned
+from megalodon_enwik8.report_study import Study, Tuned
+from megalodon_enwik8.report_wall_clock import equal_seconds
 from megalodon_enwik8.utils import bits_per_byte
 
 # The enwik8 figures published with the experiment: an RTX 5090, seed 7.
@@ -51,16 +53,19 @@ def tuned_section(tuned: Tuned) -> str:
     parts = []
     if tuned.grid:
         parts.append(_grid(tuned))
+    else:
+        parts.append("No grid is given: the settings are those of the runs, not the best of any.")
     if not tuned.entrants:
         parts.append("No run of full length with these settings is given yet.")
         return "\n\n".join(parts)
-    parts.append(_entrants(tuned.entrants))
+    parts.append(_entrants(tuned))
     llama = tuned.entrants[Contender("llama", False)]
     for contender, entrant in tuned.entrants.items():
         if contender.model != "llama":
             pair = (entrant.group, llama.group, contender.name, llama.contender.name)
-            parts.append(f"**{contender.name} and the Llama**, each at its best:")
-            parts += [beginning(at_equal_steps(*pair)), equal_seconds(*pair)]
+            data = "as much data" if contender.carried else "the same data"
+            parts.append(f"**{contender.name} and the Llama**, in windows that start afresh:")
+            parts += [beginning(at_equal_steps(*pair, data)), equal_seconds(*pair)]
     return "\n\n".join(parts)
 
 
@@ -81,9 +86,30 @@ def _grid(tuned: Tuned) -> str:
     sizes = listed(f"{len(tuned.grid[each])} settings of {each.name}" for each in contenders)
     return (
         f"The grid: {sizes}, chosen by the validation loss after {tuned.grid_steps} steps with "
-        f"{seeds_text(tuned.grid_seeds)}. A cosine falls from the learning rate to zero over the "
-        f"steps of the run.\n\n{table(header, rows)}"
+        f"{seeds_text(tuned.grid_seeds)}, on the same windows on which the runs below are then "
+        "compared. A cosine falls from the learning rate to zero over the steps of the run, long "
+        "or short, so that the best of short runs need not be the best of long ones.\n\n"
+        f"{table(header, rows)}{_edges(tuned)}"
     )
+
+
+def _edges(tuned: Tuned) -> str:
+    """Where the best learning rate is an outermost one of its schedule."""
+    notes = []
+    for contender, row in tuned.grid.items():
+        best = min(row, key=lambda setting: (row[setting], setting))
+        rates = {each.learning_rate for each in row if each.schedule == best.schedule}
+        place = {
+            (True, True): "only",
+            (True, False): "lowest",
+            (False, True): "highest",
+        }.get((best.learning_rate == min(rates), best.learning_rate == max(rates)))
+        if place is not None:
+            notes.append(
+                f"The best of {in_a_sentence(contender.name)} has the {place} learning rate tried "
+                "with its schedule: another may be better still."
+            )
+    return "".join(f"\n\n{note}" for note in notes)
 
 
 def _setting_cells(setting: Setting) -> list[str]:
@@ -91,7 +117,9 @@ def _setting_cells(setting: Setting) -> list[str]:
     return [f"{setting.learning_rate:g}", setting.schedule, f"{setting.warmup_steps:,}", anew]
 
 
-def _entrants(entrants: Mapping[Contender, Entrant]) -> str:
+def _entrants(tuned: Tuned) -> str:
+    entrants = tuned.entrants
+    compares = not timing_differences(entrant.group for entrant in entrants.values())
     llama = entrants[Contender("llama", False)].group
     final = figures(llama, lambda run: run.loss)
     rows = []
@@ -109,22 +137,30 @@ def _entrants(entrants: Mapping[Contender, Entrant]) -> str:
                 NONE if ours else interval(gap),
                 _mean_or_none(entrant.group, full_bpc),
                 _mean_or_none(entrant.group, streamed_bpc),
-                _mean_or_none(entrant.group, lambda run: run.seconds, 0),
+                _mean_or_none(entrant.group, lambda run: run.seconds, 0) if compares else NONE,
             ]
         )
     steps = next(iter(llama.values())).steps
     header = ["", *_SETTING, "loss", "BPC", "loss − Llama's", "95 % interval"]
     header += ["whole split, BPC", "whole split as a stream, BPC", "seconds"]
     note = ""
-    if any(contender.carried for contender in entrants):
+    streams = {run.streams for entrant in entrants.values() for run in entrant.group.values()}
+    for count in filter(None, streams):
+        beside = f", {count} streams side by side" if count > 1 else ""
         note = (
+            "\n\nAs a stream: with the state carried from each byte to the next, where windows "
+            f"start afresh{beside}."
+        )
+    if any(contender.carried for contender in entrants):
+        note += (
             "\n\nA Megalodon that trains with carried state reads the text in another order than "
             "the others of its seed, as contiguous streams, which may begin anew elsewhere after "
             "some steps. Loss and BPC are those of windows "
             "that start without a state; the stream is what it trained for."
         )
     return (
-        f"After {steps:,} steps, {seeds_text(sorted(llama))}, each model at its own best:\n\n"
+        f"After {steps:,} steps, {seeds_text(sorted(llama))}, each model with "
+        f"{'the best of its grid' if tuned.grid else 'settings of its own'}:\n\n"
         f"{table(header, rows)}{note}"
     )
 
@@ -147,11 +183,16 @@ def variants_section(study: Study) -> str:
     parameters = {model: _parameters(study.protocol[model]) for model in MODELS}
     rows = [_variant_row("Megalodon as in the protocol", parameters["megalodon"], whole, None)]
     gaps: list[tuple[float, str]] = []
+    rows_after = [_variant_row("Llama", parameters["llama"], llama, whole)]
     for variant in study.variants:
         losses = at_step(variant.group)
-        rows.append(_variant_row(variant.name, _parameters(variant.group), losses, whole))
-        gaps.append((paired(losses, whole).mean, variant.name))
-    rows.append(_variant_row("Llama", parameters["llama"], llama, whole))
+        row = _variant_row(variant.name, _parameters(variant.group), losses, whole)
+        if variant.model == "llama":
+            rows_after.append(row)
+        else:
+            rows.append(row)
+            gaps.append((paired(losses, whole).mean, variant.name))
+    rows += rows_after
     sentences = [
         f"After {steps} steps the Megalodon of the protocol is {abs(lead):.4f} "
         f"{'below' if lead > 0 else 'above'} the Llama in validation loss."
@@ -162,6 +203,11 @@ def variants_section(study: Study) -> str:
             change += f", {100 * gap / lead:.0f} % of that lead"
         sentences.append(f"{beginning(name)}: {change}.")
     own = study.protocol["megalodon"]
+    for variant in study.variants:
+        if variant.model == "llama":
+            gap = paired(at_step(variant.group), llama).mean
+            change = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}"
+            sentences.append(f"{variant.name}: {change} than the Llama of the protocol.")
     if len(seeds) == 1:
         sentences.append("With one seed there is no interval.")
     if len(own) > 1 and all(run.loss_at(steps) is not None for run in own.values()):
@@ -242,12 +288,17 @@ def published_section(study: Study) -> str:
         f"{NAMES[model]} with {seeds_text(sorted(group))}" for model, group in study.enwik8.items()
     ]
     if made:
-        note = f"Measured: {listed(made)}, as these two commands train them:"
+        windows = next(iter(next(iter(study.enwik8.values())).values())).settings.val_batches
+        note = (
+            f"Measured: {listed(made)}, on {hardware(study.enwik8.values())}, validated on "
+            f"{windows:,} fixed windows, as these two commands train them:"
+        )
     else:
         note = "The empty column is for runs on enwik8, which these two commands make:"
     return (
-        "The figures quoted are those published with the experiment, for one run on an RTX 5090 "
-        "with seed 7 and ten random validation windows; they are not measured here.\n\n"
+        "The figures quoted are those published with the experiment, for an RTX 5090, seed 7 and "
+        "ten random validation windows; they are not measured here. There a step of Megalodon took "
+        "2.6 times as long as one of the Llama.\n\n"
         f"{table(['', 'figure', 'quoted', 'measured here'], rows)}\n\n{note}\n\n"
         f"```sh\n{commands}\n```\n\nName their run folders to the report beside the others."
     )
@@ -318,11 +369,6 @@ def environment_section(study: Study) -> str:
     for commit, names in sorted(commits.items()):
         changed = " with changes" if commit.endswith("+") else ""
         lines.append(f"- commit {commit.rstrip('+')[:12]}{changed}: {_of_runs(names, study)}")
-    if not seconds_compare(study.protocol.values()):
-        lines.append(
-            "- The runs of the main table differ in device or threads: their seconds do not "
-            "compare."
-        )
     return "\n".join(lines)
 
 

@@ -58,6 +58,13 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Summary:
     return summarize([value - theirs[seed] for seed, value in sorted(ours.items())])
 
 
+def leader(gap: Summary, our_name: str, their_name: str) -> str | None:
+    """Who has the lower loss, where `gap` is ours minus theirs; None if that is undecided."""
+    if gap.mean == 0 or (gap.count > 1 and not gap.sign):
+        return None
+    return our_name if gap.mean < 0 else their_name
+
+
 class Point(NamedTuple):
     """A validation: after so many steps, and so many seconds of training."""
 

@@ -15,7 +15,10 @@ from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.report_runs import MODELS, PROTOCOL, Contender, Group, Run, Setting
 
 _TUNED_KEYS = frozenset({"learning_rate", "schedule", "warmup_steps", "carry_state", "carry_steps"})
-_ABLATION_KEYS = ("ablation", "chunk_size", "cema_ndim")
+_VARIANT_KEYS = {
+    "megalodon": ("ablation", "chunk_size", "cema_ndim"),
+    "llama": ("llama_init",),
+}
 _ABLATIONS = {"no_cema": "without CEMA", "layer_norm": "LayerNorm in place of TimestepNorm"}
 
 
@@ -40,8 +43,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Variant:
-    """A Megalodon that lacks something, or has another size of chunk or N."""
+    """A Megalodon that lacks something, or has another size of chunk or N; a Llama that starts
+    otherwise."""
 
+    model: str
     name: str
     group: Group
 
@@ -90,6 +95,8 @@ def arrange(runs: Iterable[Run]) -> Study:
     short = [run for run in main if run.steps < steps and run.steps in tuned_lengths]
     main = [run for run in main if run not in short]
     _check_agreement(main)
+    if enwik8:
+        _check_agreement(enwik8)
     groups = {model: _group(run for run in main if run.settings.model == model) for model in MODELS}
     _check_seeds(groups)
     for run in (*short, *tuned, *ablated):
@@ -126,13 +133,14 @@ def _place(run: Run, protocol: list[Run], tuned: list[Run], ablated: list[Run]) 
         return protocol
     if keys <= _TUNED_KEYS:
         return tuned
-    if keys <= set(_ABLATION_KEYS) and run.settings.model == "megalodon":
+    if keys <= set(_VARIANT_KEYS[run.settings.model]):
         return ablated
     changes = ", ".join(f"{key}={str(run.differences[key])[:60]}" for key in sorted(keys))
     raise UserError(
         f"{run.path}: belongs in no table: differs from the protocol in {changes}; one table is "
         f"for changes of {', '.join(sorted(_TUNED_KEYS))}, one for a Megalodon's "
-        f"{', '.join(_ABLATION_KEYS)}"
+        f"{', '.join(_VARIANT_KEYS['megalodon'])} and a Llama's "
+        f"{', '.join(_VARIANT_KEYS['llama'])}"
     )
 
 
@@ -142,7 +150,7 @@ def _fills_the_published_table(run: Run) -> bool:
         and run.environment.corpus.size == ENWIK8_DATA_BYTES
         and run.steps == PROTOCOL["num_batches"]
         and run.settings.seq_len == PROTOCOL["seq_len"]
-        and run.sequences == PROTOCOL["batch_size"] * PROTOCOL["grad_accum_every"]
+        and run.settings.sequences == PROTOCOL["batch_size"] * PROTOCOL["grad_accum_every"]
     )
 
 
@@ -229,6 +237,7 @@ def _arrange_tuned(protocol: Mapping[str, Group], runs: Sequence[Run], steps: in
         entrants[contender] = Entrant(contender, found[0].setting, _group(found))
     if entrants:
         entrants = _complete(entrants, grid, protocol, steps)
+        _check_streams(run for entrant in entrants.values() for run in entrant.group.values())
     return Tuned(short[0].steps if short else 0, grid, grid_seeds, entrants)
 
 
@@ -263,12 +272,23 @@ def _read_grid(
     ours, theirs = (grid.get(Contender(model, False), {}) for model in MODELS)
     if len(ours) != len(theirs):
         fewer = MODELS[0] if len(ours) < len(theirs) else MODELS[1]
-        lacking = min(set(ours) ^ set(theirs))
+        lacking = min(set(theirs) - set(ours) if fewer == MODELS[0] else set(ours) - set(theirs))
         raise UserError(
             f"the grid has {len(ours)} settings of {MODELS[0]} and {len(theirs)} of {MODELS[1]}, "
             f"where both must have as many: add {fewer} at {show_setting(lacking)}, say"
         )
     return grid, seeds
+
+
+def _check_streams(runs: Iterable[Run]) -> None:
+    """Raise UserError unless all that were read as streams were read as so many side by side."""
+    read = [run for run in runs if run.streams is not None]
+    for run in read:
+        if run.streams != read[0].streams:
+            raise UserError(
+                f"{read[0].path} and {run.path} cannot stand in one table: stream.json is of "
+                f"{read[0].streams} streams in the first, of {run.streams} in the second"
+            )
 
 
 def _best(settings: Mapping[Setting, float] | None) -> Setting | None:
@@ -325,7 +345,9 @@ def _arrange_variants(protocol: Mapping[str, Group], runs: Sequence[Run]) -> lis
     names: dict[str, list[Run]] = {}
     for run in runs:
         names.setdefault(_variant_name(run), []).append(run)
-    variants = [Variant(name, _group(found)) for name, found in names.items()]
+    variants = [
+        Variant(found[0].settings.model, name, _group(found)) for name, found in names.items()
+    ]
     _check_seeds({variant.name: variant.group for variant in variants})
     for run in runs:
         for model in MODELS:
@@ -346,9 +368,14 @@ def _arrange_variants(protocol: Mapping[str, Group], runs: Sequence[Run]) -> lis
 def _variant_order(run: Run) -> tuple[Any, ...]:
     settings = run.settings
     ablations = [*_ABLATIONS, settings.ablation]
-    places = (ablations.index(settings.ablation), settings.chunk_size, settings.cema_ndim)
-    changed = (key in run.differences for key in _ABLATION_KEYS)
-    return tuple((not change, place) for change, place in zip(changed, places, strict=True))
+    places = {
+        "ablation": ablations.index(settings.ablation),
+        "chunk_size": settings.chunk_size,
+        "cema_ndim": settings.cema_ndim,
+        "llama_init": settings.llama_init,
+    }
+    keys = _VARIANT_KEYS[settings.model]
+    return tuple((key not in run.differences, places[key]) for key in keys)
 
 
 def _variant_name(run: Run) -> str:
@@ -357,5 +384,6 @@ def _variant_name(run: Run) -> str:
         "ablation": _ABLATIONS.get(settings.ablation, settings.ablation),
         "chunk_size": f"chunks of {settings.chunk_size}",
         "cema_ndim": f"N = {settings.cema_ndim}",
+        "llama_init": "Llama with PyTorch's initialisation",
     }
-    return ", ".join(text for key, text in shown.items() if key in run.differences)
+    return ", ".join(shown[key] for key in _VARIANT_KEYS[settings.model] if key in run.differences)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.data import ENWIK8_DATA_BYTES, SAMPLE_SHA256, SAMPLE_SIZE, split_point
@@ -127,8 +128,14 @@ def row(text: str, *start: str) -> list[str]:
 def write_evaluation(
     run: Path, name: str, reading: dict[str, int], loss: float, **other: Any
 ) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    trained_at = {"carry_state": False} | {
+        key: config[key] for key in ("seed", "seq_len", "carry_state") if key in config
+    }
+    trained_at |= {key: other.pop(key) for key in list(other) if key in trained_at}
     facts = {"step": 1200, "model": "megalodon", "corpus_sha256": SAMPLE_SHA256, "split": "val"}
-    (run / name).write_text(json.dumps({**facts, "reading": reading, "loss": loss, **other}))
+    facts |= {"trained_at": trained_at, "reading": reading, "loss": loss}
+    (run / name).write_text(json.dumps({**facts, **other}))
 
 
 BEST = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 50}
@@ -148,6 +155,6 @@ def make_tuned(folder: Path, seeds: tuple[int, ...] = (7, 8)) -> None:
     for seed in seeds:
         run = folder / f"carried-{seed}"
         carried = {"carry_state": True, "carry_steps": 8, **BEST}
-        make_run(run, "megalodon", seed, loss=line(3, 1.25), **carried)
+        make_run(run, "megalodon", seed, loss=line(3, 1.25), end={"full_val_loss": None}, **carried)
         write_evaluation(run, "stream.json", {"streams": 1, "segment": 8192}, 1.1)
         write_evaluation(run, "windows.json", {"context": 512, "stride": 512}, 1.2)

@@ -137,7 +137,9 @@ def test_the_main_table_holds_means_spreads_and_paired_intervals(tmp_path: Path)
     seconds = ["3,000 ± 0", "2,400 ± 0", "+600", "+600 to +600", "+25.00 %"]
     assert row(table, "wall-clock of the training, s") == seconds
     assert row(table, "bytes (tokens) per second")[:3] == ["3,277 ± 0", "4,096 ± 0", "−819"]
-    assert row(table, "peak memory, MiB")[0] == "1,200 ± 0"
+    medians = ["2.500 ± 0.000", "2.000 ± 0.000", "+0.500", "+0.500 to +0.500", "+25.00 %"]
+    assert row(table, "a step, s (median)") == medians
+    assert row(table, "peak memory, MB")[0] == "1,258 ± 0"
     steps = re.findall(r"^\| ([\d,]+) \|", table.split("### Every 100 steps")[1], re.MULTILINE)
     assert [int(step.replace(",", "")) for step in steps] == list(range(0, 1201, 100))
     cells = ["2.6100 ± 0.0100", "2.6700 ± 0.0361", gap, width, "3.7654", "3.8520"]
@@ -163,10 +165,13 @@ def test_the_time_that_each_needs_is_read_between_validations(tmp_path: Path) ->
     assert row(table, "Megalodon", "the Llama") == ["1,000 ± 0", "3,000 ± 0"]
     assert row(table, "Llama", "Megalodon") == ["not reached", "not reached"]
     assert (
-        "Megalodon reaches 2.0198 bits per byte and the Llama 2.1640: 6.67 % lower, a difference "
-        "of 0.1443 with a 95 % interval of 0.1443 to 0.1443 over 2 seeds. At equal wall-clock the "
-        "Llama is ahead: 2.1640 against 2.3083 bits per byte after 2,400 s of training, in which "
-        "the Llama had made all its steps."
+        "Megalodon reaches 2.0198 bits per byte and the Llama 2.1640 (2.1640 and 2.3083 over the "
+        "whole validation split): 6.67 % lower, a difference of 0.1443 with a 95 % interval of "
+        "0.1443 to 0.1443 over 2 seeds. At equal wall-clock on cpu (2 of 2 cores), the Llama is "
+        "ahead: 2.1640 against 2.3083 bits per byte after 2,400 s of training, when the first run, "
+        "of the Llama, had made all its steps, a difference of 0.1443 with a 95 % interval of "
+        "0.1443 to 0.1443. Beside the Llama, Megalodon has 10 % fewer parameters and takes as much "
+        "memory at its peak."
     ) in text
 
 
@@ -184,7 +189,7 @@ def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None
     make_pair(tmp_path / "runs", (8,))
     text = report(tmp_path)
     assert "with the one seed tried, so without an interval" in text
-    assert "is ahead, with the one seed tried:" in text
+    assert "all its steps, with the one seed tried, so without an interval" in text
     assert "there is no interval, and another seed may" in text
     cells = row(section(text, "At equal steps"), "validation loss at 1200")
     assert cells == ["1.4000", "1.4500", "−0.0500", "–", "−3.45 %"]
@@ -192,17 +197,33 @@ def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "other", [{"device": "cuda (NVIDIA H100)"}, {"processor": "Another"}, {"threads": 1}]
+    ("environment", "config", "difference"),
+    [
+        ({"device": "cuda (NVIDIA H100)"}, {}, "device"),
+        ({"processor": "Another"}, {}, "device"),
+        ({"threads": 1}, {}, "threads"),
+        ({"torch": "2.12.0"}, {}, "version of PyTorch"),
+        ({"compile": "on (it pays)"}, {}, "compilation"),
+        ({}, {"batch_size": 16, "grad_accum_every": 1}, "sequences in a micro-batch"),
+        ({}, {"gradient_checkpointing": True}, "gradient checkpointing"),
+    ],
 )
-def test_seconds_of_different_machines_are_not_compared(
-    tmp_path: Path, other: dict[str, Any]
+def test_seconds_and_memory_of_unlike_runs_are_not_compared(
+    tmp_path: Path, environment: dict[str, Any], config: dict[str, Any], difference: str
 ) -> None:
     make_run(tmp_path / "runs" / "m", "megalodon", 7)
-    make_run(tmp_path / "runs" / "l", "llama", 7, environment=other)
+    make_run(tmp_path / "runs" / "l", "llama", 7, environment=environment, **config)
     text = report(tmp_path)
-    assert text.count("At equal wall-clock nothing can be said") == 2
+    said = f"At equal wall-clock nothing can be said: the runs differ in {difference}."
+    assert text.count(said) == 2
     assert "is ahead" not in text
-    assert "differ in device or threads: their seconds do not compare" in text
+    table = section(text, "At equal steps")
+    for name in ("wall-clock of the training, s", "a step, s (median)", "peak memory, MB"):
+        assert row(table, name)[2:] == ["–", "–", "–"]
+    assert f"Time and memory are not compared: the runs differ in {difference}." in table
+    assert row(section(text, "At equal wall-clock"), "Megalodon", "the Llama")[1] == "–"
+    assert "memory at its peak" not in text
+    assert b"seconds of training" not in (tmp_path / "results" / "comparison.svg").read_bytes()
 
 
 def test_the_first_screen_says_what_on_what_how_sure_and_how_to_check(tmp_path: Path) -> None:
@@ -217,7 +238,10 @@ def test_the_first_screen_says_what_on_what_how_sure_and_how_to_check(tmp_path: 
     assert "The sample (6.1 MB of English Wikipedia, not enwik8): 5,480,771 bytes" in start
     assert "do not touch" in start
     assert "excludes zero" in start
-    assert "4 h 00 m of training in all for the 6" in start
+    assert "4 h 00 m of training steps in all for the 6" in start
+    assert "of which a run reads 1.8 times as many" in start
+    assert "(8.4 % of the split, evenly spaced)" in start
+    assert "report runs/again --out runs/again.md\n" in start
     assert str(tmp_path) not in text
     assert "enwik8" not in section(text, "At equal steps")
 
@@ -226,7 +250,7 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     runs = make_pair(tmp_path / "runs")
     first = report(tmp_path, *runs)
     picture = (tmp_path / "results" / "comparison.svg").read_bytes()
-    assert b"<svg" in picture
+    assert b"seconds of training" in picture
     assert report(tmp_path, *runs[::-1], runs[0]) == first
     assert (tmp_path / "results" / "comparison.svg").read_bytes() == picture
 
@@ -245,7 +269,10 @@ def test_pages_and_commands_name_folders_as_seen_from_here(
     assert command in text
     assert "](../my%20pictures/comparison.svg)" in text
     assert (tmp_path / "my pictures" / "comparison.svg").exists()
-    assert "`python train.py --config kept/runs/llama-7/config.yaml run_dir=runs/llama-7`" in text
+    assert (
+        "`python train.py --config kept/runs/llama-7/config.yaml run_dir=runs/again/runs/llama-7`"
+        in text
+    )
 
 
 def test_samples_are_shown_where_they_were_made_alike(tmp_path: Path) -> None:
@@ -289,7 +316,7 @@ def test_neutral_keys_leave_a_run_in_the_protocol(tmp_path: Path) -> None:
 def test_each_model_enters_with_the_best_of_its_grid(tmp_path: Path) -> None:
     make_pair(tmp_path / "runs", (7, 8), loss=line(3, 1.5))
     make_tuned(tmp_path / "runs")
-    text = section(report(tmp_path), "Each model at its own best")
+    text = section(report(tmp_path), "Each model at settings of its own")
     assert "The grid: 3 settings of Megalodon and 3 settings of Llama" in text
     assert "after 400 steps with seed 7" in text
     # The protocol's runs, from 3 to 1.5, are at 2.5 by then.
@@ -303,10 +330,41 @@ def test_each_model_enters_with_the_best_of_its_grid(tmp_path: Path) -> None:
     carried = row(text, "Megalodon with carried state", *start[:-1], "8 steps")
     assert carried[:3] == ["1.2500 ± 0.0000", "1.8034", "+0.0500"]
     assert carried[4:6] == ["1.7312 ± 0.0000", "1.5870 ± 0.0000"]  # 1.2 and 1.1 nats
-    assert "the Llama reaches 1.7312 bits per byte and Megalodon 1.8755: 7.69 % lower" in text
+    assert "the Llama reaches 1.7312 bits per byte and Megalodon 1.8755 (1.8755 and" in text
     # From 3 the Llama falls by 1.8 in its 1200 steps, and by 1.7 in 1133.
     assert row(text, "Llama", "Megalodon") == ["1,133 ± 0", "2,267 ± 0"]
     assert (tmp_path / "results" / "tuned.svg").exists()
+    page = report(tmp_path)
+    start = page[: page.index("## At equal steps")]
+    assert "With the best settings of its grid for each, after 1,200 steps on the same" in start
+    assert "**Megalodon with carried state and the Llama**" in text
+    assert "After 1,200 steps on as much data, the Llama reaches 1.7312" in text
+    assert "As a stream: with the state carried from each byte to the next" in text
+    assert "The best of the Llama has the only learning rate tried with its schedule" in text
+
+
+def test_a_best_setting_at_the_edge_of_its_grid_is_said_to_be_that(tmp_path: Path) -> None:
+    make_pair(tmp_path / "runs", (7,), loss=line(3, 1.5))
+    for model, best in (("megalodon", 2e-3), ("llama", 1e-3)):
+        for rate in (1e-3, 2e-3):
+            options = {"num_batches": 400, "learning_rate": rate}
+            end = 2.0 if rate == best else 2.1
+            run = tmp_path / "runs" / f"{model}{rate}"
+            make_run(run, model, 7, loss=line(3, end, 400), **options)
+    text = section(report(tmp_path), "Each model at settings of its own")
+    assert "The best of Megalodon has the highest learning rate tried with its schedule" in text
+    assert "The best of the Llama" not in text  # the protocol's rate is below
+
+
+def test_tuned_runs_without_a_grid_are_not_called_the_best(tmp_path: Path) -> None:
+    make_pair(tmp_path / "runs", (7,))
+    for model in ("megalodon", "llama"):
+        make_run(tmp_path / "runs" / f"{model}-t", model, 7, learning_rate=1e-3)
+    page = report(tmp_path)
+    text = section(page, "Each model at settings of its own")
+    assert "No grid is given: the settings are those of the runs, not the best of any." in text
+    assert "each model with settings of its own" in text
+    assert "best" not in page.replace("not the best of any", "")
 
 
 def test_the_protocols_runs_enter_where_theirs_is_the_best_setting(tmp_path: Path) -> None:
@@ -315,8 +373,8 @@ def test_the_protocols_runs_enter_where_theirs_is_the_best_setting(tmp_path: Pat
         options = {"num_batches": 400, "learning_rate": 1e-3, "loss": line(3, 2.5, 400)}
         make_run(tmp_path / "runs" / model, model, 7, **options)
     make_run(tmp_path / "runs" / "carried", "megalodon", 8, carry_state=True)
-    text = section(report(tmp_path), "Each model at its own best")
-    assert "After 1,200 steps, seed 8, each model at its own best" in text
+    text = section(report(tmp_path), "Each model at settings of its own")
+    assert "After 1,200 steps, seed 8, each model with the best of its grid" in text
     assert row(text, "Llama", "0.0004", "constant", "0", "–")[0] == "0.5000"
 
 
@@ -326,7 +384,7 @@ def test_a_short_run_of_the_protocol_belongs_to_a_grid_of_its_length(tmp_path: P
         for rate in (4e-4, 1e-3):
             options = {"num_batches": 400, "learning_rate": rate, "loss": line(3, 1000 * rate, 400)}
             make_run(tmp_path / "runs" / f"{model}-{rate}", model, 7, **options)
-    text = section(report(tmp_path), "Each model at its own best")
+    text = section(report(tmp_path), "Each model at settings of its own")
     assert row(text, "0.0004", "constant", "0", "–") == ["**0.4000**", "**0.4000**"]
     assert "No run of full length with these settings is given yet." in text
 
@@ -345,6 +403,8 @@ def test_an_ablation_is_compared_with_the_protocol_at_its_step_and_seed(tmp_path
     for name, (config, end) in changes.items():
         run = tmp_path / "runs" / name
         make_run(run, "megalodon", 7, num_batches=400, loss=line(3, end, 400), **config)
+    options = {"num_batches": 400, "loss": line(3, 2.55, 400), "llama_init": "pytorch"}
+    make_run(tmp_path / "runs" / "init", "llama", 7, **options)
     text = section(report(tmp_path), "What carries the gain")
     assert row(text, "Megalodon as in the protocol")[1] == "2.4000"  # of seed 7, a third of the way
     cells = ["11,277,696", "2.4800", "3.5779", "+0.0800", "–", "+3.33 %"]
@@ -352,15 +412,20 @@ def test_an_ablation_is_compared_with_the_protocol_at_its_step_and_seed(tmp_path
     assert row(text, "N = 16")[3] == "−0.0100"
     assert row(text, "Llama")[3] == "+0.1000"
     names = [each.split(" | ")[0] for each in text.splitlines() if each.startswith("| ")]
-    assert names[3:8] == [
+    assert names[3:10] == [
         "| without CEMA",
         "| LayerNorm in place of TimestepNorm",
         "| chunks of 128",
         "| chunks of 512",
         "| N = 16",
+        "| Llama",
+        "| Llama with PyTorch's initialisation",
     ]
+    assert row(text, "Llama with PyTorch's initialisation")[3] == "+0.1500"
+    assert "PyTorch's initialisation: 0.0500 higher than the Llama of the protocol." in text
     assert "0.1000 below the Llama in validation loss. Without CEMA: 0.0800 higher, 80 %" in text
-    assert "N = 16: 0.0100 lower. With one seed there is no interval." in text
+    assert "N = 16: 0.0100 lower. Llama with" in text
+    assert "With one seed there is no interval." in text
     assert "varies by 0.0707 (standard deviation over 2 seeds)" in text  # 2.4 and 2.5
 
 
@@ -388,7 +453,7 @@ def test_runs_on_enwik8_fill_the_column_beside_the_published_figures(tmp_path: P
     assert row(filled, "Megalodon", "peak memory") == ["12 GB", "1.3 GB"]
     assert row(filled, "Megalodon", "1200 steps") == ["8 m 09 s", "10 m 00 s"]
     assert row(filled, "Llama", "BPC at 1100") == ["2.21", ""]
-    assert "Measured: Megalodon with seed 7, as these" in filled
+    assert "Measured: Megalodon with seed 7, on cpu (2 of 2 cores), validated on 100 " in filled
 
 
 def test_runs_on_enwik8_alone_are_compared_as_such(tmp_path: Path) -> None:

@@ -168,9 +168,16 @@ def test_the_tuned_table_refuses_an_unfair_fight(
     said = said_without("grid-llama-a")
     assert "the grid has 3 settings of megalodon and 2 of llama" in said
     assert "add llama at learning rate 0.002, constant" in said
+    other = make_run(tmp_path / "runs" / "another", "llama", 7, num_batches=400, learning_rate=1e-4)
+    said = said_without("grid-llama-a", "grid-llama-b")  # what the shorter side has is not named
+    assert "add llama at learning rate 0.001, cosine, warm-up of 50 steps" in said
+    shutil.rmtree(other)
     said = said_without("best-llama-7", "best-llama-8")
     assert "Llama has no run of 1200 steps at learning rate 0.001, cosine, warm-up of 50" in said
     assert "Llama has no run with seed 8" in said_without("best-llama-8")
+    write_evaluation(tmp_path / "runs" / "best-megalodon-7", "stream.json", {"streams": 64}, 1.1)
+    assert "stream.json is of 64 streams in the first, of 1 in the second" in said_without()
+    (tmp_path / "runs" / "best-megalodon-7" / "stream.json").unlink()
     said = said_without("grid-llama-b", "grid-megalodon-b")
     assert "best-megalodon-7: learning rate 0.001, cosine, warm-up of 50 steps is not the" in said
     odd = make_run(tmp_path / "runs" / "odd", "llama", 9, learning_rate=3e-3)
@@ -208,6 +215,8 @@ def test_an_ablation_without_its_counterpart_is_refused(
         ("windows.json", {"context": 512, "stride": 64}, {}, "is not of windows of 512 side by"),
         ("windows.json", {"streams": 1}, {"step": 600}, "step is 600, but 1200 of the run"),
         ("stream.json", {"streams": 1}, {"split": "train"}, "split is train, but val of the run"),
+        ("stream.json", {"streams": 1}, {"seed": 8}, "seed is 8, but 7 of the run"),
+        ("stream.json", {"streams": 1}, {"carry_state": True}, "carry_state is True, but False"),
     ],
 )
 def test_an_evaluation_of_something_else_is_refused(
@@ -218,7 +227,7 @@ def test_an_evaluation_of_something_else_is_refused(
     other: dict[str, Any],
     message: str,
 ) -> None:
-    runs = make_pair(tmp_path / "runs", (7,))
+    runs = make_pair(tmp_path / "runs", (7,), end={"full_val_loss": None})
     write_evaluation(runs[0], name, reading, 1.0, **other)
     said = refused(capfd, *runs, "--out", tmp_path / "R.md")
     assert f"megalodon-7{os.sep}{name}: {message}" in said

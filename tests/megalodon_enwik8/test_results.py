@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,5 +28,14 @@ def test_the_pages_are_made_from_the_committed_runs(
     assert main(["results", *words]) == 0
     for made in (tmp_path / "RESULTS.md", readme):
         assert made.read_text(encoding="utf-8") == (ROOT / made.name).read_text(encoding="utf-8")
-    for picture in (tmp_path / "results").iterdir():
-        assert (ROOT / "results" / picture.name).exists()
+    pictures = sorted((tmp_path / "results").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert digest(picture) == digest(ROOT / "results" / picture.name)
+
+
+def digest(picture: Path) -> str:
+    """What an SVG says of the points that it shows."""
+    found = re.search("<dc:description>([0-9a-f]{64})<", picture.read_text(encoding="utf-8"))
+    assert found is not None
+    return found.group(1)
