@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cema_blocks import CEMACoefficients, block_matrices, cema_blocks
+from .cema_blocks import CEMACoefficients, block_summary, cema_blocks
 from .precision import without_autocast
 from .scan import complex_power
 from .segments import Segments, gather_slots, scatter_slots
@@ -128,13 +128,13 @@ def _final_state(
 ) -> Tensor:
     """The state (B, D, N, 2) after the last step of x (B, L, D)."""
     batch, length, _ = x.shape
-    size, order = entries.shape[2], entries.shape[-1]
-    summary = block_matrices(c, block).summary
+    size, order = entries.shape[1], entries.shape[-1]
+    summary = block_summary(c, block)
     if segments is None:
         used = (length - 1) % block + 1
         tail, rows = x[:, -used:], summary[:, block - used :]  # the powers used - 1 .. 0
         before = (length - 1) // block  # blocks before the last
-        last = entries[:, :, before % size, before // size]  # (2, D, B, N)
+        last = entries[:, before % size, before // size]  # (2, B, D, N)
         exponent = torch.tensor(used, device=x.device)
     else:
         index = (segments.block_used - 1).clamp(min=0) // block
@@ -143,11 +143,12 @@ def _final_state(
         slots = torch.where(slots >= 0, slots + index.unsqueeze(1) * block, length)
         tail, rows = gather_slots(x, slots), summary  # the tail, moved to its block's end
         row = torch.arange(batch, device=x.device)
-        last = entries[:, :, index % size, index // size, row]
+        last = entries[:, index % size, index // size, row]
         exponent = count.view(-1, 1, 1)
-    added = torch.einsum("btd,dtk->bdk", tail.to(summary.dtype), rows)
+    # Multiplied and summed: as a batched product it would be one of 384 tiny ones.
+    added = (tail.to(summary.dtype).transpose(1, 2).unsqueeze(-1) * rows).sum(2)
     q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
-    last_re, last_im = last.transpose(1, 2)  # (B, D, N)
+    last_re, last_im = last
     re = added[..., :order] + q_re * last_re - q_im * last_im
     im = added[..., order:] + q_re * last_im + q_im * last_re
     return torch.stack([re, im], dim=-1)

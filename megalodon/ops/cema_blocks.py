@@ -5,7 +5,8 @@ from there on; the summary, which takes the block's inputs to what they leave in
 the readout, which takes the state on entry to the outputs. A scan joins the blocks.
 
 To a compiler it is one opaque operation with a backward of its own: its layouts are chosen so
-that every product is a plain batched one, and nobody need trace the scan.
+that every product is a plain batched one, and nobody need trace the scan. Time and channels change
+places within a block, whose T x D numbers a cache holds; blocks then move as whole rows.
 """
 
 import math
@@ -40,13 +41,22 @@ class BlockMatrices(NamedTuple):
 def block_matrices(c: CEMACoefficients, block: int) -> BlockMatrices:
     """What a block of T steps is made of."""
     re, im = _powers(c, block)
-    weighted = torch.cat([c.p.unsqueeze(-1) * re, c.p.unsqueeze(-1) * im], dim=1)
     read_re, read_im = _readouts(c, re, im)
     # The kernel is what the readout makes of an input of one.
     kernel = (c.p.unsqueeze(-1) * read_re[..., :block]).sum(1)
     kernel = kernel + F.pad(c.omega.unsqueeze(-1), (0, block - 1))
-    summary = weighted[..., :block].flip(-1).transpose(1, 2)
-    return BlockMatrices(kernel, summary, torch.cat([read_re, read_im], dim=1)[..., 1:])
+    readout = torch.cat([read_re, read_im], dim=1)[..., 1:]
+    return BlockMatrices(kernel, _summary(c, re, im, block), readout)
+
+
+def block_summary(c: CEMACoefficients, block: int) -> Tensor:
+    """The summary of :func:`block_matrices` alone."""
+    return _summary(c, *_powers(c, block - 1), block)
+
+
+def _summary(c: CEMACoefficients, re: Tensor, im: Tensor, block: int) -> Tensor:
+    powers = torch.cat([re[..., :block], im[..., :block]], dim=1)
+    return (powers * c.p.repeat(1, 2).unsqueeze(-1)).flip(-1).transpose(1, 2)
 
 
 def block_matrices_backward(
@@ -100,7 +110,7 @@ def cema_blocks(
         block: T.
 
     Returns:
-        y (B, L, D), and entries (2, D, size, groups, B, N) in the order of :func:`block_scan`.
+        y (B, L, D), and entries (2, size, groups, B, D, N) in the order of :func:`block_scan`.
     """
     y, entries, _ = _cema_blocks(x, *c, state, keep, block)
     return y, entries
@@ -119,16 +129,17 @@ def _cema_blocks(
     keep: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, entries, and for the backward the inputs with their entry states, (D, rows, T + 2N)."""
+    """y, entries, and for the backward the inputs with their entry states,
+    (D, B, blocks, T + 2N)."""
     c = CEMACoefficients(p, log_rho, turns, g_re, g_im, omega)
     kernel, summary, readout = (t.to(x.dtype) for t in block_matrices(c, block))
     columns = _to_columns(x, block, p.shape[1])
-    s = _split_products(columns, summary, p.dtype)
-    first = None if state is None else state.permute(3, 1, 0, 2)
+    s = _sum_up(columns, summary, p.dtype)
+    first = None if state is None else state.permute(3, 0, 1, 2)
     through = _grouped_keep(keep, s)
     entries = block_scan(s, first, log_rho, turns, block, through)
     if through is not None:
-        entries *= through.unsqueeze(-1)
+        entries *= through[..., None, None]
     _write_states(columns, entries)
     weight = torch.cat([_upper_toeplitz(kernel), readout], dim=1)
     return _from_columns(columns, weight, x.shape[1]), entries, columns
@@ -151,8 +162,8 @@ def _(
     size, groups = group_blocks((length + block - 1) // block)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        p.new_empty(2, dim, size, groups, batch, order),
-        x.new_empty(dim, size, groups, batch, block + 2 * order),
+        p.new_empty(2, size, groups, batch, dim, order),
+        x.new_empty(dim, batch, groups * size, block + 2 * order),
     )
 
 
@@ -180,18 +191,18 @@ def _cema_blocks_backward(
     kernel, summary, readout = (t.to(grad_y.dtype) for t in block_matrices(c, block))
     order = p.shape[1]
     grad_columns = _to_columns(grad_y, block, order)
-    grad_reads = _split_products(grad_columns, readout.transpose(1, 2), p.dtype)
+    grad_reads = _sum_up(grad_columns, readout.transpose(1, 2), p.dtype)
     if grad_entries is not None:
         grad_reads += grad_entries
     through = _grouped_keep(keep, grad_reads)
     if through is not None:
-        grad_reads *= through.unsqueeze(-1)
+        grad_reads *= through[..., None, None]
     grad_s = block_scan(grad_reads, None, log_rho, -turns, block, through, reverse=True)
     _write_states(grad_columns, grad_s)
     adjoint = torch.cat([_upper_toeplitz(kernel).transpose(1, 2), summary.transpose(1, 2)], dim=1)
     grad_x = _from_columns(grad_columns, adjoint, grad_y.shape[1])
 
-    inner = torch.bmm(columns.flatten(1, 3).transpose(1, 2), grad_columns.flatten(1, 3))
+    inner = torch.bmm(columns.flatten(1, 2).transpose(1, 2), grad_columns.flatten(1, 2))
     inner = inner.to(p.dtype)
     grad_matrices = BlockMatrices(
         _diagonal_sums(inner[:, :block, :block]), inner[:, :block, block:], inner[:, block:, :block]
@@ -206,15 +217,15 @@ def _cema_blocks_backward(
     grad_log_rho = grad_c.log_rho + block * (grad_q_re * q_re + grad_q_im * q_im)
     grad_turns = grad_c.turns + 2 * math.pi * block * (grad_q_im * q_re - grad_q_re * q_im)
 
-    (re, im), (reads_re, reads_im) = grad_s[:, :, 0, 0], grad_reads[:, :, 0, 0]  # (D, B, N)
+    (re, im), (reads_re, reads_im) = grad_s[:, 0, 0], grad_reads[:, 0, 0]  # (B, D, N)
     if through is not None:
-        re, im = re * through[0, 0].unsqueeze(-1), im * through[0, 0].unsqueeze(-1)
-    q_re, q_im = q_re.unsqueeze(1), q_im.unsqueeze(1)
+        factor = through[0, 0, :, None, None]
+        re, im = re * factor, im * factor
     grad_state = torch.stack(
         [reads_re + q_re * re + q_im * im, reads_im + q_re * im - q_im * re], dim=-1
     )
     grad_c = grad_c._replace(log_rho=grad_log_rho, turns=grad_turns)
-    return (grad_x, *grad_c, grad_state.transpose(0, 1).contiguous())
+    return (grad_x, *grad_c, grad_state)
 
 
 @_cema_blocks_backward.register_fake
@@ -280,42 +291,47 @@ def _diagonal_sums(grad: Tensor) -> Tensor:
 
 
 def _to_columns(x: Tensor, block: int, order: int) -> Tensor:
-    """x (B, L, D), filled up with zeros, by blocks and in the order of :func:`block_scan`:
-    (D, size, groups, B, T + 2N), where the last 2N are left for states."""
+    """x (B, L, D), filled up with zeros, by channels and blocks: (D, B, blocks, T + 2N), where the
+    last 2N are left for states."""
     batch, length, dim = x.shape
     size, groups = group_blocks(-(-length // block))
-    missing = groups * size * block - length
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    columns = x.new_empty(dim, size, groups, batch, block + 2 * order)
-    columns[..., :block] = x.view(batch, groups, size, block, dim).permute(4, 2, 1, 0, 3)
+    blocks = groups * size
+    if blocks * block > length:
+        x = F.pad(x, (0, 0, 0, blocks * block - length))
+    rows = x.view(batch, blocks, block, dim).transpose(2, 3).contiguous()
+    columns = x.new_empty(dim, batch, blocks, block + 2 * order)
+    columns[..., :block] = rows.permute(2, 0, 1, 3)
     return columns
 
 
-def _split_products(columns: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Every block's inputs times matrix (D, T, 2N): (2, D, size, groups, B, N)."""
-    order = matrix.shape[2] // 2
-    products = columns.new_empty(2, *columns.shape[:4], order)
-    inputs = columns.flatten(1, 3)[..., : matrix.shape[1]]
-    for half, out in zip(matrix.split(order, dim=2), products.flatten(2, 4), strict=True):
-        torch.bmm(inputs, half, out=out)
-    return products.to(dtype)
+def _by_rounds(columns: Tensor) -> Tensor:
+    """(D, B, blocks, K) -> (size, groups, B, D, K), a view."""
+    size, groups = group_blocks(columns.shape[2])
+    return columns.unflatten(2, (groups, size)).permute(3, 2, 1, 0, 4)
+
+
+def _sum_up(columns: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every block's inputs times matrix (D, T, 2N): (2, size, groups, B, D, N)."""
+    inputs = columns.flatten(1, 2)[..., : matrix.shape[1]]
+    sums = torch.bmm(inputs, matrix).to(dtype).view(*columns.shape[:3], 2, -1)
+    return torch.stack([_by_rounds(part) for part in sums.unbind(3)])
 
 
 def _write_states(columns: Tensor, states: Tensor) -> None:
-    """Put states (2, D, size, groups, B, N) in their place beside the inputs."""
+    """Put states (2, size, groups, B, D, N) in their place beside the inputs."""
     order = states.shape[-1]
-    columns[..., -2 * order : -order] = states[0]
-    columns[..., -order:] = states[1]
+    states = states.to(columns.dtype)  # apart: a copy that both casts and permutes is slow
+    rounds = _by_rounds(columns)
+    rounds[..., -2 * order : -order] = states[0]
+    rounds[..., -order:] = states[1]
 
 
 def _from_columns(columns: Tensor, weight: Tensor, length: int) -> Tensor:
     """Every block's inputs and states times weight (D, T + 2N, T), in order: (B, L, D)."""
-    dim, size, groups, batch, _ = columns.shape
-    y = torch.bmm(columns.flatten(1, 3), weight)
-    # The transposition apart from the rest, for PyTorch has a faster way for it.
-    y = y.view(dim, -1).t().contiguous().view(size, groups, batch, -1, dim)
-    y = y.permute(2, 1, 0, 3, 4).reshape(batch, -1, dim)
+    dim, batch = columns.shape[:2]
+    # A plain transposition: PyTorch has a faster way for it than for a general permutation.
+    y = torch.bmm(columns.flatten(1, 2), weight).view(dim, -1).t().contiguous()
+    y = y.view(batch, -1, dim)
     return y if y.shape[1] == length else y[:, :length].contiguous()
 
 
@@ -323,6 +339,6 @@ def _grouped_keep(keep: Tensor | None, s: Tensor) -> Tensor | None:
     """(B, blocks) -> (size, groups, B)."""
     if keep is None:
         return None
-    size, groups = s.shape[2:4]
+    size, groups = s.shape[1:3]
     keep = F.pad(keep, (0, size * groups - keep.shape[1]))
     return keep.view(-1, groups, size).permute(2, 1, 0)
