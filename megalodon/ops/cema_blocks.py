@@ -10,6 +10,8 @@ places within a block, whose T x D numbers a cache holds; blocks then move as wh
 """
 
 import math
+import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +118,12 @@ def cema_blocks(
     return y, entries
 
 
-@torch.library.custom_op("megalodon::cema_blocks", mutates_args=())
+# A compiler's cache on disk knows an operation by its name alone: what it kept of an earlier
+# version of this file, whose tensors had other shapes, must not be found under the name of this.
+_VERSION = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+
+
+@torch.library.custom_op(f"megalodon::cema_blocks_{_VERSION}", mutates_args=())
 def _cema_blocks(
     x: Tensor,
     p: Tensor,
@@ -167,7 +174,7 @@ def _(
     )
 
 
-@torch.library.custom_op("megalodon::cema_blocks_backward", mutates_args=())
+@torch.library.custom_op(f"megalodon::cema_blocks_backward_{_VERSION}", mutates_args=())
 def _cema_blocks_backward(
     grad_y: Tensor,
     grad_entries: Tensor | None,

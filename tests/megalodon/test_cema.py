@@ -1,7 +1,11 @@
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from megalodon.ops import cema_blocks
 from megalodon.ops.cema import BLOCK, CEMACoefficients, cema, cema_coefficients, cema_reference
 from megalodon.ops.cema_blocks import _cema_blocks
 from megalodon.ops.scan import GROUP
@@ -139,3 +143,18 @@ def test_the_compiler_is_told_the_truth_about_the_operation() -> None:
         keep = (torch.rand(2, -(-length // block)) < 0.7).float()
         for given in ((state, None), (None, None), (state, keep)):
             torch.library.opcheck(_cema_blocks, (x, *coefficients, *given, block))
+
+
+def test_a_changed_operation_has_another_name(tmp_path: Path) -> None:
+    """A compiler's cache on disk would take it for the old one, and fail on its shapes."""
+    assert cema_blocks.__file__ is not None
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(cema_blocks.__file__).read_text() + "\n# changed\n")
+    spec = importlib.util.spec_from_file_location("megalodon.ops.changed", changed)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("_cema_blocks", "_cema_blocks_backward"):
+        names = {getattr(each, name)._qualname for each in (cema_blocks, module)}
+        assert len(names) == 2
