@@ -22,9 +22,9 @@ from megalodon_enwik8.report_groups import (
     figures,
     full_bpc,
     hardware,
-    known_mean,
     loss_at,
     peak_megabytes,
+    summary_of,
     timing_differences,
 )
 from megalodon_enwik8.report_runs import MODELS, NAMES, PROTOCOL, Contender, Group, Run
@@ -76,10 +76,9 @@ def size_and_memory(ours: Group, theirs: Group) -> str:
     """Which model is the smaller, and which takes the more memory to train."""
     sizes = [float(next(iter(group.values())).environment.parameters) for group in (ours, theirs)]
     parts = [f"has {_compared(sizes, 'fewer', 'as many')} parameters"]
-    peaks = [
-        mean for group in (ours, theirs) if (mean := known_mean(group, peak_megabytes)) is not None
-    ]
-    if len(peaks) == 2 and not timing_differences((ours, theirs)):
+    mine, other = (summary_of(group, peak_megabytes) for group in (ours, theirs))
+    if mine is not None and other is not None and not timing_differences((ours, theirs)):
+        peaks = [mine.mean, other.mean]
         parts.append(f"takes {_compared(peaks, 'less', 'as much')} memory at its peak")
     return f"Beside the Llama, Megalodon {' and '.join(parts)}."
 
@@ -100,14 +99,14 @@ def at_equal_steps(
     gap = paired(a, b)
     (low, lower, first), (high, higher, second) = sorted(
         (
-            (fmean(values.values()), in_a_sentence(name), known_mean(group, full_bpc))
+            (fmean(values.values()), in_a_sentence(name), summary_of(group, full_bpc))
             for values, name, group in ((a, our_name, ours), (b, their_name, theirs))
         ),
         key=lambda each: each[:2],
     )
     whole = ""
     if first is not None and second is not None:
-        whole = f" ({first:.4f} and {second:.4f} over the whole validation split)"
+        whole = f" ({first.mean:.4f} and {second.mean:.4f} over the whole validation split)"
     percent = f"{100 * (high - low) / high:.2f} % lower"
     if gap.count == 1:
         result = f"{percent} with the one seed tried, so without an interval"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from statistics import fmean
 
 from megalodon_enwik8.report_format import listed
 from megalodon_enwik8.report_runs import Group, Run
+from megalodon_enwik8.report_statistics import Summary, summarize
 from megalodon_enwik8.utils import bits_per_byte
 
 
@@ -49,10 +49,10 @@ def peak_megabytes(run: Run) -> float | None:
     return None if run.peak_memory_bytes is None else run.peak_memory_bytes / 1e6
 
 
-def known_mean(group: Group, figure: Callable[[Run], float | None]) -> float | None:
-    """The mean of a figure that all runs have."""
+def summary_of(group: Group, figure: Callable[[Run], float | None]) -> Summary | None:
+    """Mean and spread of a figure; None unless all runs have it."""
     known = [value for run in group.values() if (value := figure(run)) is not None]
-    return fmean(known) if len(known) == len(group) else None
+    return summarize(known) if len(known) == len(group) else None
 
 
 def hardware(groups: Iterable[Group]) -> str:

@@ -24,6 +24,7 @@ from megalodon_enwik8.report_groups import (
     hardware,
     loss_at,
     streamed_bpc,
+    summary_of,
     timing_differences,
 )
 from megalodon_enwik8.report_runs import (
@@ -35,7 +36,7 @@ from megalodon_enwik8.report_runs import (
     Setting,
 )
 from megalodon_enwik8.report_statistics import paired, summarize
-from megalodon_enwik8.report_study import Study, Tuned
+from megalodon_enwik8.report_study import Study, Tuned, best_setting
 from megalodon_enwik8.report_wall_clock import equal_seconds
 from megalodon_enwik8.utils import bits_per_byte
 
@@ -79,7 +80,7 @@ def _grid(tuned: Tuned) -> str:
         for contender in contenders:
             loss = tuned.grid[contender].get(setting)
             text = NONE if loss is None else f"{loss:.4f}"
-            best = loss is not None and loss == min(tuned.grid[contender].values())
+            best = setting == best_setting(tuned.grid[contender])
             cells.append(f"**{text}**" if best else text)
         rows.append([*_setting_cells(setting), *cells])
     header = [*_SETTING, *(each.name for each in contenders)]
@@ -97,7 +98,7 @@ def _edges(tuned: Tuned) -> str:
     """Where the best learning rate is an outermost one of its schedule."""
     notes = []
     for contender, row in tuned.grid.items():
-        best = min(row, key=lambda setting: (row[setting], setting))
+        best = best_setting(row)
         rates = {each.learning_rate for each in row if each.schedule == best.schedule}
         place = {
             (True, True): "only",
@@ -166,8 +167,8 @@ def _entrants(tuned: Tuned) -> str:
 
 
 def _mean_or_none(group: Group, figure: Callable[[Run], float | None], digits: int = 4) -> str:
-    known = [value for run in group.values() if (value := figure(run)) is not None]
-    return spread(summarize(known), digits) if len(known) == len(group) else NONE
+    summary = summary_of(group, figure)
+    return NONE if summary is None else spread(summary, digits)
 
 
 def variants_section(study: Study) -> str:
@@ -183,16 +184,16 @@ def variants_section(study: Study) -> str:
     parameters = {model: _parameters(study.protocol[model]) for model in MODELS}
     rows = [_variant_row("Megalodon as in the protocol", parameters["megalodon"], whole, None)]
     gaps: list[tuple[float, str]] = []
-    rows_after = [_variant_row("Llama", parameters["llama"], llama, whole)]
+    last_rows = [_variant_row("Llama", parameters["llama"], llama, whole)]
     for variant in study.variants:
         losses = at_step(variant.group)
         row = _variant_row(variant.name, _parameters(variant.group), losses, whole)
         if variant.model == "llama":
-            rows_after.append(row)
+            last_rows.append(row)
         else:
             rows.append(row)
             gaps.append((paired(losses, whole).mean, variant.name))
-    rows += rows_after
+    rows += last_rows
     sentences = [
         f"After {steps} steps the Megalodon of the protocol is {abs(lead):.4f} "
         f"{'below' if lead > 0 else 'above'} the Llama in validation loss."

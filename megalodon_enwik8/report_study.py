@@ -291,8 +291,13 @@ def _check_streams(runs: Iterable[Run]) -> None:
             )
 
 
-def _best(settings: Mapping[Setting, float] | None) -> Setting | None:
-    return min(settings, key=lambda setting: (settings[setting], setting)) if settings else None
+def best_setting(losses: Mapping[Setting, float]) -> Setting:
+    """That of the lowest loss."""
+    return min(losses, key=lambda setting: (losses[setting], setting))
+
+
+def _best(losses: Mapping[Setting, float] | None) -> Setting | None:
+    return best_setting(losses) if losses else None
 
 
 def _complete(

@@ -145,7 +145,7 @@ def _final_state(
         row = torch.arange(batch, device=x.device)
         last = entries[:, index % size, index // size, row]
         exponent = count.view(-1, 1, 1)
-    # Multiplied and summed: as a batched product it would be one of 384 tiny ones.
+    # Multiplied and summed: as a batched product it would be D tiny ones.
     added = (tail.to(summary.dtype).transpose(1, 2).unsqueeze(-1) * rows).sum(2)
     q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
     last_re, last_im = last
