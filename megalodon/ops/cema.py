@@ -1,4 +1,4 @@
-"""CEMA: the complex exponential moving average, in real arithmetic.
+"""CEMA: the complex exponential moving average.
 
 Ma et al. 2024 (arXiv 2404.08801), section 3.1. Per channel d and order n = 1..N::
 
@@ -8,7 +8,8 @@ Ma et al. 2024 (arXiv 2404.08801), section 3.1. Per channel d and order n = 1..N
     p = sigmoid(alpha),  q = rho exp(i phi),  rho = 1 - sigmoid(alpha) sigmoid(delta)
     phi = n sigmoid(theta) 2 pi / N
 
-States are real tensors (B, D, N, 2) that hold real and imaginary part.
+States are real tensors (B, D, N, 2) that hold real and imaginary part, so that they may be traced,
+cast and saved like any other; complex ones exist only inside the operation of cema_blocks.py.
 """
 
 import math
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cema_blocks import CEMACoefficients, block_summary, cema_blocks
+from .cema_blocks import CEMACoefficients, cema_blocks
 from .precision import without_autocast
 from .scan import complex_power
 from .segments import Segments, gather_slots, scatter_slots
@@ -128,27 +129,24 @@ def _final_state(
 ) -> Tensor:
     """The state (B, D, N, 2) after the last step of x (B, L, D)."""
     batch, length, _ = x.shape
-    size, order = entries.shape[1], entries.shape[-1]
-    summary = block_summary(c, block)
+    size = entries.shape[0]
     if segments is None:
         used = (length - 1) % block + 1
-        tail, rows = x[:, -used:], summary[:, block - used :]  # the powers used - 1 .. 0
-        before = (length - 1) // block  # blocks before the last
-        last = entries[:, before % size, before // size]  # (2, B, D, N)
+        tail, before = x[:, -used:], (length - 1) // block  # blocks before the last
+        last = entries[before % size, before // size]  # (B, D, N, 2)
         exponent = torch.tensor(used, device=x.device)
     else:
         index = (segments.block_used - 1).clamp(min=0) // block
         count = segments.block_used - index * block  # (B,), 0 for a row without tokens
         slots = torch.arange(block, device=x.device) - block + count.unsqueeze(1)
         slots = torch.where(slots >= 0, slots + index.unsqueeze(1) * block, length)
-        tail, rows = gather_slots(x, slots), summary  # the tail, moved to its block's end
-        row = torch.arange(batch, device=x.device)
-        last = entries[:, index % size, index // size, row]
+        tail = gather_slots(x, slots)  # moved to its block's end
+        last = entries[index % size, index // size, torch.arange(batch, device=x.device)]
         exponent = count.view(-1, 1, 1)
+    steps = torch.arange(tail.shape[1] - 1, -1, -1, device=x.device).view(-1, 1, 1)
+    powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
     # Multiplied and summed: as a batched product it would be D tiny ones.
-    added = (tail.to(summary.dtype).transpose(1, 2).unsqueeze(-1) * rows).sum(2)
+    added = ((tail.to(c.p.dtype)[..., None, None]) * powers).sum(1) * c.p.unsqueeze(-1)
     q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
-    last_re, last_im = last
-    re = added[..., :order] + q_re * last_re - q_im * last_im
-    im = added[..., order:] + q_re * last_im + q_im * last_re
-    return torch.stack([re, im], dim=-1)
+    re, im = last.unbind(-1)
+    return added + torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)

@@ -5,8 +5,9 @@ from there on; the summary, which takes the block's inputs to what they leave in
 the readout, which takes the state on entry to the outputs. A scan joins the blocks.
 
 To a compiler it is one opaque operation with a backward of its own: its layouts are chosen so
-that every product is a plain batched one, and nobody need trace the scan. Time and channels change
-places within a block, whose T x D numbers a cache holds; blocks then move as whole rows.
+that every product is a plain batched one, and nobody need trace the scan or its complex numbers,
+which come and go as real pairs. Time and channels change places within a block, whose T x D
+numbers a cache holds; blocks move as whole rows.
 """
 
 import math
@@ -33,7 +34,8 @@ class CEMACoefficients(NamedTuple):
 
 
 class BlockMatrices(NamedTuple):
-    """kernel (D, T), summary (D, T, 2N), readout (D, 2N, T); real parts before imaginary ones."""
+    """kernel (D, T), summary (D, T, 2N), readout (D, 2N, T); a state's real and imaginary parts
+    alternate."""
 
     kernel: Tensor
     summary: Tensor
@@ -42,61 +44,66 @@ class BlockMatrices(NamedTuple):
 
 def block_matrices(c: CEMACoefficients, block: int) -> BlockMatrices:
     """What a block of T steps is made of."""
-    re, im = _powers(c, block)
-    read_re, read_im = _readouts(c, re, im)
+    powers = _powers(c, block)
+    reads = torch.complex(c.g_re, c.g_im) * powers
     # The kernel is what the readout makes of an input of one.
-    kernel = (c.p.unsqueeze(-1) * read_re[..., :block]).sum(1)
-    kernel = kernel + F.pad(c.omega.unsqueeze(-1), (0, block - 1))
-    readout = torch.cat([read_re, read_im], dim=1)[..., 1:]
-    return BlockMatrices(kernel, _summary(c, re, im, block), readout)
-
-
-def block_summary(c: CEMACoefficients, block: int) -> Tensor:
-    """The summary of :func:`block_matrices` alone."""
-    return _summary(c, *_powers(c, block - 1), block)
-
-
-def _summary(c: CEMACoefficients, re: Tensor, im: Tensor, block: int) -> Tensor:
-    powers = torch.cat([re[..., :block], im[..., :block]], dim=1)
-    return (powers * c.p.repeat(1, 2).unsqueeze(-1)).flip(-1).transpose(1, 2)
+    kernel = (c.p * reads[:-1].real).sum(-1)
+    kernel[0] += c.omega
+    summary = _pairs(c.p * powers[:-1].flip(0))
+    readout = _pairs(reads[1:].conj_physical())  # Re(read h) = <conj(read), h> as pairs
+    return BlockMatrices(kernel.t(), summary.transpose(0, 1), readout.permute(1, 2, 0))
 
 
 def block_matrices_backward(
     c: CEMACoefficients, block: int, grad: BlockMatrices
 ) -> CEMACoefficients:
-    """Gradients of the coefficients from those of :func:`block_matrices`."""
-    re, im = _powers(c, block)
-    read_re, _ = _readouts(c, re, im)
-    p, g_re, g_im = c.p.unsqueeze(-1), c.g_re.unsqueeze(-1), c.g_im.unsqueeze(-1)
-    grad_kernel = F.pad(grad.kernel, (0, 1)).unsqueeze(1)
-    grad_read_re, grad_read_im = F.pad(grad.readout, (1, 0)).chunk(2, dim=1)
-    grad_read_re = grad_read_re + p * grad_kernel
-    grad_left = F.pad(grad.summary.transpose(1, 2).flip(-1), (0, 1))
-    grad_left_re, grad_left_im = grad_left.chunk(2, dim=1)
-    grad_p = (read_re * grad_kernel + re * grad_left_re + im * grad_left_im).sum(-1)
-    grad_re = g_re * grad_read_re - g_im * grad_read_im + p * grad_left_re
-    grad_im = -g_im * grad_read_re - g_re * grad_read_im + p * grad_left_im
-    steps = torch.arange(block + 1, dtype=re.dtype, device=re.device)
+    """Gradients of the coefficients from those of :func:`block_matrices`.
+
+    The gradient of a complex number is that of its real part plus i times that of its imaginary
+    part.
+    """
+    powers = _powers(c, block)
+    g = torch.complex(c.g_re, c.g_im)
+    grad_kernel = F.pad(grad.kernel, (0, 1)).t().unsqueeze(-1)  # (T + 1, D, 1)
+    grad_left = F.pad(_complex(grad.summary.transpose(0, 1)).flip(0), (0, 0, 0, 0, 0, 1))
+    grad_reads = F.pad(_complex(grad.readout.permute(2, 0, 1)).conj(), (0, 0, 0, 0, 1, 0))
+    grad_reads = grad_reads + c.p * grad_kernel
+    grad_p = ((g * powers).real * grad_kernel + (powers.conj() * grad_left).real).sum(0)
+    grad_g = (powers.conj() * grad_reads).sum(0)
+    grad_powers = g.conj() * grad_reads + c.p * grad_left
+    steps = torch.arange(block + 1, dtype=c.p.dtype, device=c.p.device).view(-1, 1, 1)
+    grad_log = (powers.conj() * grad_powers * steps).sum(0)  # of log q
     return CEMACoefficients(
         grad_p,
-        ((grad_re * re + grad_im * im) * steps).sum(-1),
-        ((grad_im * re - grad_re * im) * steps).sum(-1) * (2 * math.pi),
-        (grad_read_re * re - grad_read_im * im).sum(-1),
-        -(grad_read_re * im + grad_read_im * re).sum(-1),
+        grad_log.real.clone(),
+        grad_log.imag * (2 * math.pi),
+        grad_g.real.clone(),
+        grad_g.imag.clone(),
         grad.kernel[:, 0].clone(),
     )
 
 
-def _powers(c: CEMACoefficients, block: int) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of q^0 .. q^T, each (D, N, T + 1)."""
-    steps = torch.arange(block + 1, device=c.p.device)
-    return complex_power(c.log_rho.unsqueeze(-1), c.turns.unsqueeze(-1), steps)
+def _powers(c: CEMACoefficients, block: int) -> Tensor:
+    """q^0 .. q^T, complex (T + 1, D, N), by doubling: five products for 32."""
+    q = torch.polar(c.log_rho.exp(), c.turns * (2 * math.pi))
+    powers = q.new_empty(block + 1, *q.shape)
+    powers[0], powers[1] = 1, q
+    known = 1
+    while known < block:
+        more = min(known, block - known)
+        torch.mul(powers[1 : more + 1], powers[known], out=powers[known + 1 : known + more + 1])
+        known += more
+    return powers
 
 
-def _readouts(c: CEMACoefficients, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
-    """What powers of q add to the output, per real and per imaginary part of a state."""
-    g_re, g_im = c.g_re.unsqueeze(-1), c.g_im.unsqueeze(-1)
-    return g_re * re - g_im * im, -g_re * im - g_im * re
+def _pairs(z: Tensor) -> Tensor:
+    """Complex (..., N) -> real (..., 2N)."""
+    return torch.view_as_real(z).flatten(-2)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """Real (..., 2N) -> complex (..., N)."""
+    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
 
 
 def cema_blocks(
@@ -112,7 +119,7 @@ def cema_blocks(
         block: T.
 
     Returns:
-        y (B, L, D), and entries (2, size, groups, B, D, N) in the order of :func:`block_scan`.
+        y (B, L, D), and entries (size, groups, B, D, N, 2) in the order of :func:`block_scan`.
     """
     y, entries, _ = _cema_blocks(x, *c, state, keep, block)
     return y, entries
@@ -142,14 +149,14 @@ def _cema_blocks(
     kernel, summary, readout = (t.to(x.dtype) for t in block_matrices(c, block))
     columns = _to_columns(x, block, p.shape[1])
     s = _sum_up(columns, summary, p.dtype)
-    first = None if state is None else state.permute(3, 0, 1, 2)
+    first = None if state is None else torch.view_as_complex(state.to(p.dtype).contiguous())
     through = _grouped_keep(keep, s)
     entries = block_scan(s, first, log_rho, turns, block, through)
     if through is not None:
         entries *= through[..., None, None]
     _write_states(columns, entries)
     weight = torch.cat([_upper_toeplitz(kernel), readout], dim=1)
-    return _from_columns(columns, weight, x.shape[1]), entries, columns
+    return _from_columns(columns, weight, x.shape[1]), torch.view_as_real(entries), columns
 
 
 @_cema_blocks.register_fake
@@ -169,7 +176,7 @@ def _(
     size, groups = group_blocks((length + block - 1) // block)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        p.new_empty(2, size, groups, batch, dim, order),
+        p.new_empty(size, groups, batch, dim, order, 2),
         x.new_empty(dim, batch, groups * size, block + 2 * order),
     )
 
@@ -200,7 +207,7 @@ def _cema_blocks_backward(
     grad_columns = _to_columns(grad_y, block, order)
     grad_reads = _sum_up(grad_columns, readout.transpose(1, 2), p.dtype)
     if grad_entries is not None:
-        grad_reads += grad_entries
+        grad_reads += torch.view_as_complex(grad_entries.contiguous())
     through = _grouped_keep(keep, grad_reads)
     if through is not None:
         grad_reads *= through[..., None, None]
@@ -215,22 +222,18 @@ def _cema_blocks_backward(
         _diagonal_sums(inner[:, :block, :block]), inner[:, :block, block:], inner[:, block:, :block]
     )
     grad_c = block_matrices_backward(c, block, grad_matrices)
-    q_re, q_im = complex_power(log_rho, turns, scale=block)
-    (re_re, re_im), (im_re, im_im) = (
-        [part.diagonal(dim1=1, dim2=2) for part in rows.split(order, dim=2)]
-        for rows in inner[:, block:, block:].split(order, dim=1)
-    )
-    grad_q_re, grad_q_im = re_re + im_im, re_im - im_re
-    grad_log_rho = grad_c.log_rho + block * (grad_q_re * q_re + grad_q_im * q_im)
-    grad_turns = grad_c.turns + 2 * math.pi * block * (grad_q_im * q_re - grad_q_re * q_im)
+    q = torch.complex(*complex_power(log_rho, turns, scale=block))
+    of_q = inner[:, block:, block:].unflatten(2, (order, 2)).unflatten(1, (order, 2))
+    of_q = of_q.diagonal(dim1=1, dim2=3)  # (D, 2, 2, N): part of the entry, part of the gradient
+    grad_q = torch.complex(of_q[:, 0, 0] + of_q[:, 1, 1], of_q[:, 0, 1] - of_q[:, 1, 0])
+    grad_log = block * q.conj() * grad_q
+    grad_log_rho = grad_c.log_rho + grad_log.real
+    grad_turns = grad_c.turns + 2 * math.pi * grad_log.imag
 
-    (re, im), (reads_re, reads_im) = grad_s[:, 0, 0], grad_reads[:, 0, 0]  # (B, D, N)
+    after = grad_s[0, 0]  # (B, D, N)
     if through is not None:
-        factor = through[0, 0, :, None, None]
-        re, im = re * factor, im * factor
-    grad_state = torch.stack(
-        [reads_re + q_re * re + q_im * im, reads_im + q_re * im - q_im * re], dim=-1
-    )
+        after = after * through[0, 0, :, None, None]
+    grad_state = torch.view_as_real(grad_reads[0, 0] + q.conj() * after)
     grad_c = grad_c._replace(log_rho=grad_log_rho, turns=grad_turns)
     return (grad_x, *grad_c, grad_state)
 
@@ -318,27 +321,23 @@ def _by_rounds(columns: Tensor) -> Tensor:
 
 
 def _sum_up(columns: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Every block's inputs times matrix (D, T, 2N): (2, size, groups, B, D, N)."""
+    """Every block's inputs times matrix (D, T, 2N): complex (size, groups, B, D, N)."""
     inputs = columns.flatten(1, 2)[..., : matrix.shape[1]]
-    sums = torch.bmm(inputs, matrix).to(dtype).view(*columns.shape[:3], 2, -1)
-    return torch.stack([_by_rounds(part) for part in sums.unbind(3)])
+    sums = _by_rounds(torch.bmm(inputs, matrix).view(*columns.shape[:3], -1))
+    return _complex(sums.contiguous().to(dtype))
 
 
 def _write_states(columns: Tensor, states: Tensor) -> None:
-    """Put states (2, size, groups, B, D, N) in their place beside the inputs."""
-    order = states.shape[-1]
-    states = states.to(columns.dtype)  # apart: a copy that both casts and permutes is slow
-    rounds = _by_rounds(columns)
-    rounds[..., -2 * order : -order] = states[0]
-    rounds[..., -order:] = states[1]
+    """Put states (size, groups, B, D, N) in their place beside the inputs."""
+    pairs = _pairs(states).to(columns.dtype)  # apart: a copy that both casts and permutes is slow
+    _by_rounds(columns)[..., -pairs.shape[-1] :] = pairs
 
 
 def _from_columns(columns: Tensor, weight: Tensor, length: int) -> Tensor:
     """Every block's inputs and states times weight (D, T + 2N, T), in order: (B, L, D)."""
-    dim, batch = columns.shape[:2]
-    # A plain transposition: PyTorch has a faster way for it than for a general permutation.
-    y = torch.bmm(columns.flatten(1, 2), weight).view(dim, -1).t().contiguous()
-    y = y.view(batch, -1, dim)
+    y = torch.bmm(columns.flatten(1, 2), weight)  # (D, B blocks, T)
+    y = y.transpose(0, 1).contiguous().transpose(1, 2).contiguous()
+    y = y.view(columns.shape[1], -1, columns.shape[0])
     return y if y.shape[1] == length else y[:, :length].contiguous()
 
 
@@ -346,6 +345,6 @@ def _grouped_keep(keep: Tensor | None, s: Tensor) -> Tensor | None:
     """(B, blocks) -> (size, groups, B)."""
     if keep is None:
         return None
-    size, groups = s.shape[1:3]
+    size, groups = s.shape[:2]
     keep = F.pad(keep, (0, size * groups - keep.shape[1]))
     return keep.view(-1, groups, size).permute(2, 1, 0)

@@ -1,11 +1,10 @@
-"""A scan of a complex linear recurrence over blocks, in real arithmetic.
+"""A scan of a complex linear recurrence over blocks.
 
     x_{b+1} = through_b q x_b + s_b
 
-for b = 0 .. n - 1, or from n - 1 down. States are pairs of real tensors: real part, imaginary
-part. The blocks lie in groups, so that one round of the loop takes a step in all groups at once;
-the groups are joined by the same scan. That is log(n) loops of at most `GROUP` rounds, whatever
-the length.
+for b = 0 .. n - 1, or from n - 1 down. The blocks lie in groups, so that one round of the loop
+takes a step in all groups at once; the groups are joined by the same scan. That is log(n) loops
+of at most `GROUP` rounds, whatever the length.
 """
 
 import math
@@ -58,15 +57,15 @@ def block_scan_reference(
 ) -> Tensor:
     """The recurrence, one block after the other. Arguments as :func:`block_scan`."""
     q = torch.polar((log_rho * step).exp(), turns * (2 * math.pi * step))
-    size, groups = s.shape[1:3]
-    state = torch.complex(*(torch.zeros_like(s[:, 0, 0]) if first is None else first))
+    size, groups = s.shape[:2]
+    state = torch.zeros_like(s[0, 0]) if first is None else first
     entries = torch.empty_like(s)
     blocks = [(b, g) for g in range(groups) for b in range(size)]
     for b, g in reversed(blocks) if reverse else blocks:
-        entries[:, b, g] = torch.stack([state.real, state.imag])
+        entries[b, g] = state
         if through is not None:
             state = state * through[b, g, :, None, None]
-        state = q * state + torch.complex(s[0, b, g], s[1, b, g])
+        state = q * state + s[b, g]
     return entries
 
 
@@ -83,9 +82,9 @@ def block_scan(
     """States on entry to each block. Not differentiable: its backward is itself, reversed.
 
     Args:
-        s: (2, size, groups, B, D, N), what each block adds. Block t stands at [t % size,
+        s: complex (size, groups, B, D, N), what each block adds. Block t stands at [t % size,
             t // size], so that blocks of one round lie next to each other.
-        first: (2, B, D, N), the state before the first block; ``None`` for zero.
+        first: complex (B, D, N), the state before the first block; ``None`` for zero.
         log_rho, turns: (D, N), the decay and the phase of one time step.
         step: time steps in a block.
         through: (size, groups, B), a further factor on q; ``None`` for 1.
@@ -94,31 +93,28 @@ def block_scan(
     Returns:
         A tensor of the shape of s.
     """
-    size, groups = s.shape[1:3]
-    q_re, q_im = complex_power(log_rho, turns, scale=step)
+    size, groups = s.shape[:2]
+    q = torch.complex(*complex_power(log_rho, turns, scale=step))
     rounds = range(size - 1, -1, -1) if reverse else range(size)
-    factors = None if through is None else through[..., None, None]
 
     def advance(state: Tensor, b: int, out: Tensor) -> None:
-        if factors is not None:
-            state = state * factors[b]
-        re, im = state
-        torch.addcmul(torch.addcmul(s[0, b], q_re, re), q_im, im, value=-1, out=out[0])
-        torch.addcmul(torch.addcmul(s[1, b], q_re, im), q_im, re, out=out[1])
+        if through is not None:
+            state = state * through[b, :, :, None, None]
+        torch.addcmul(s[b], q, state, out=out)
 
     entries = torch.empty_like(s)
-    start = entries[:, rounds[0]]
+    start = entries[rounds[0]]
     if groups == 1:
-        start[:, 0] = 0 if first is None else first
+        start[0] = 0 if first is None else first
     else:
         # What each group adds by itself; then the same scan over the groups.
-        state = s[:, rounds[0]].clone()
+        state = s[rounds[0]]
         for b in rounds[1:]:
             advance(state, b, state := torch.empty_like(state))
         reach = None if through is None else through.prod(0)
         start.copy_(_scan_groups(state, first, log_rho, turns, step * size, reach, reverse))
     for before, b in pairwise(rounds):
-        advance(entries[:, before], before, entries[:, b])
+        advance(entries[before], before, entries[b])
     return entries
 
 
@@ -131,17 +127,17 @@ def _scan_groups(
     through: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """:func:`block_scan` of blocks in order: s (2, n, B, D, N), through (n, B)."""
-    n = s.shape[1]
+    """:func:`block_scan` of blocks in order: s (n, B, D, N), through (n, B)."""
+    n = s.shape[0]
     size, groups = group_blocks(n)
     missing = size * groups - n
     before, after = (missing, 0) if reverse else (0, missing)  # where the scan comes last
 
-    def lay_out(t: Tensor, axis: int) -> Tensor:
-        filler = [0, 0] * (t.dim() - 1 - axis) + [before, after]
-        return F.pad(t, filler).unflatten(axis, (groups, size)).transpose(axis, axis + 1)
+    def lay_out(t: Tensor) -> Tensor:
+        filled = F.pad(t, [0, 0] * (t.dim() - 1) + [before, after])
+        return filled.unflatten(0, (groups, size)).transpose(0, 1)
 
-    s = lay_out(s, 1).contiguous()
-    through = None if through is None else lay_out(through, 0)
+    s = lay_out(s).contiguous()
+    through = None if through is None else lay_out(through)
     entries = block_scan(s, first, log_rho, turns, step, through, reverse=reverse)
-    return entries.transpose(1, 2).flatten(1, 2)[:, before : before + n]
+    return entries.transpose(0, 1).flatten(0, 1)[before : before + n]

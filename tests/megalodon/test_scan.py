@@ -20,8 +20,8 @@ def test_grouped_scan_equals_the_recurrence(
     torch.manual_seed(0)
     size, groups = group_blocks(blocks)
     assert blocks <= size * groups < blocks + GROUP
-    s = torch.randn(2, size, groups, 2, 3, 4, dtype=torch.float64)
-    first = torch.randn(2, 2, 3, 4, dtype=torch.float64) if with_first else None
+    s = torch.randn(size, groups, 2, 3, 4, dtype=torch.complex128)
+    first = torch.randn(2, 3, 4, dtype=torch.complex128) if with_first else None
     through = (torch.rand(size, groups, 2) < 0.8).double() if with_through else None
     log_rho = -torch.rand(3, 4, dtype=torch.float64) * 0.02
     turns = torch.rand(3, 4, dtype=torch.float64)
