@@ -146,7 +146,7 @@ def _final_state(
     steps = torch.arange(tail.shape[1] - 1, -1, -1, device=x.device).view(-1, 1, 1)
     powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
     # Multiplied and summed: as a batched product it would be D tiny ones.
-    added = ((tail.to(c.p.dtype)[..., None, None]) * powers).sum(1) * c.p.unsqueeze(-1)
+    added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
     q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
     re, im = last.unbind(-1)
     return added + torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
