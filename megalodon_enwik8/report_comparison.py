@@ -66,7 +66,7 @@ def headline(study: Study) -> str:
     ]
     if study.tuned is not None and study.tuned.entrants:
         plain = [study.tuned.entrants[Contender(model, False)].group for model in MODELS]
-        best = "the best settings of its grid" if study.tuned.grid else "settings of its own"
+        best = "the best settings tried" if study.tuned.grid else "settings of its own"
         tuned = at_equal_steps(plain[0], plain[1], *names)
         sentences.append(f"With {best} for each, {tuned}")
     return " ".join(sentences)

@@ -36,7 +36,7 @@ from megalodon_enwik8.report_runs import (
     Setting,
 )
 from megalodon_enwik8.report_statistics import paired, summarize
-from megalodon_enwik8.report_study import Study, Tuned, best_setting
+from megalodon_enwik8.report_study import Entrant, Study, Tuned, best_setting, show_setting
 from megalodon_enwik8.report_wall_clock import equal_seconds
 from megalodon_enwik8.utils import bits_per_byte
 
@@ -59,6 +59,8 @@ def tuned_section(tuned: Tuned) -> str:
     if not tuned.entrants:
         parts.append("No run of full length with these settings is given yet.")
         return "\n\n".join(parts)
+    if tuned.grid:
+        parts += [_finalists(entrant) for entrant in tuned.entrants.values()]
     parts.append(_entrants(tuned))
     llama = tuned.entrants[Contender("llama", False)]
     for contender, entrant in tuned.entrants.items():
@@ -94,12 +96,30 @@ def _grid(tuned: Tuned) -> str:
     )
 
 
+def _finalists(entrant: Entrant) -> str:
+    """Every setting that was run to the end, and how far it came."""
+    seeds = entrant.common_seeds
+    losses = {
+        setting: summarize([group[seed].loss for seed in seeds])
+        for setting, group in entrant.finalists.items()
+    }
+    order = sorted(losses, key=lambda setting: (losses[setting].mean, setting))
+    ranking = "; ".join(f"{show_setting(each)}: {spread(losses[each])}" for each in order)
+    steps = next(iter(entrant.group.values())).steps
+    return (
+        f"{entrant.contender.name} was run for all {steps:,} steps at {ranking} "
+        f"({seeds_text(seeds)}). {'The first of these enters.' if len(order) > 1 else ''}"
+    ).strip()
+
+
 def _edges(tuned: Tuned) -> str:
     """Where the best learning rate is an outermost one of its schedule."""
     notes = []
     for contender, row in tuned.grid.items():
-        best = best_setting(row)
-        rates = {each.learning_rate for each in row if each.schedule == best.schedule}
+        entrant = tuned.entrants.get(contender)
+        best = best_setting(row) if entrant is None else entrant.setting
+        tried = {*row, *(entrant.finalists if entrant is not None else ())}
+        rates = {each.learning_rate for each in tried if each.schedule == best.schedule}
         place = {
             (True, True): "only",
             (True, False): "lowest",
@@ -161,7 +181,7 @@ def _entrants(tuned: Tuned) -> str:
         )
     return (
         f"After {steps:,} steps, {seeds_text(sorted(llama))}, each model with "
-        f"{'the best of its grid' if tuned.grid else 'settings of its own'}:\n\n"
+        f"{'its best settings of those' if tuned.grid else 'settings of its own'}:\n\n"
         f"{table(header, rows)}{note}"
     )
 

@@ -6,7 +6,7 @@ A run's place follows from its config, never from the name of its folder.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +29,12 @@ class Entrant:
     contender: Contender
     setting: Setting
     group: Group
+    finalists: Mapping[Setting, Group]  # all its settings that were run to the end
+
+    @property
+    def common_seeds(self) -> list[int]:
+        """Those that every finalist has."""
+        return _common_seeds(self.finalists)
 
 
 @dataclass(frozen=True)
@@ -216,28 +222,12 @@ def _arrange_tuned(protocol: Mapping[str, Group], runs: Sequence[Run], steps: in
     if too_long:
         _check_agreement([next(iter(protocol["megalodon"].values())), too_long[0]])
     grid, grid_seeds = _read_grid(protocol, short)
-    finals: dict[Contender, list[Run]] = {}
+    finals: dict[Contender, dict[Setting, list[Run]]] = {}
     for run in runs:
         if run.steps == steps:
-            finals.setdefault(run.contender, []).append(run)
-    entrants: dict[Contender, Entrant] = {}
-    for contender, found in finals.items():
-        for run in found:
-            if run.setting != found[0].setting:
-                raise UserError(
-                    f"{found[0].path} and {run.path} are {contender.name} with different "
-                    f"settings, of which one is the best: give the runs of that one"
-                )
-        best = _best(grid.get(contender))
-        if best is not None and found[0].setting != best:
-            raise UserError(
-                f"{found[0].path}: {show_setting(found[0].setting)} is not the best that the grid "
-                f"has for {contender.name}: that is {show_setting(best)}"
-            )
-        entrants[contender] = Entrant(contender, found[0].setting, _group(found))
-    if entrants:
-        entrants = _complete(entrants, grid, protocol, steps)
-        _check_streams(run for entrant in entrants.values() for run in entrant.group.values())
+            finals.setdefault(run.contender, {}).setdefault(run.setting, []).append(run)
+    entrants = _enter(finals, grid, protocol, steps) if finals else {}
+    _check_streams(run for entrant in entrants.values() for run in entrant.group.values())
     return Tuned(short[0].steps if short else 0, grid, grid_seeds, entrants)
 
 
@@ -300,41 +290,86 @@ def _best(losses: Mapping[Setting, float] | None) -> Setting | None:
     return best_setting(losses) if losses else None
 
 
-def _complete(
-    entrants: Mapping[Contender, Entrant],
+def _enter(
+    finals: Mapping[Contender, Mapping[Setting, Sequence[Run]]],
     grid: Mapping[Contender, Mapping[Setting, float]],
     protocol: Mapping[str, Group],
     steps: int,
 ) -> dict[Contender, Entrant]:
-    """Let the protocol's runs enter for a model whose best setting is the protocol's, with the
-    seeds of the others."""
-    _check_seeds({entrant.contender.name: entrant.group for entrant in entrants.values()})
-    seeds = sorted(next(iter(entrants.values())).group)
-    plain = [contender for contender in entrants if not contender.carried]
-    complete: dict[Contender, Entrant] = {}
-    for model in MODELS:
-        contender = Contender(model, False)
-        if contender in entrants:
-            complete[contender] = entrants[contender]
-            continue
-        own = protocol[model]
-        setting = next(iter(own.values())).setting
+    """One entrant for each contender: the best of its settings that were run to the end, of which
+    the grid's best must be one. The protocol's runs are among them where there is a grid."""
+    beside = next(run for found in finals.values() for group in found.values() for run in group)
+    plain = any(not contender.carried for contender in finals)
+    contenders = [Contender(model, False) for model in MODELS]
+    contenders += [contender for contender in finals if contender.carried]
+    entrants: dict[Contender, Entrant] = {}
+    for contender in contenders:
+        found = {setting: _group(runs) for setting, runs in finals.get(contender, {}).items()}
+        best = _best(grid.get(contender))
+        if not grid and len(found) > 1:
+            first, second = (next(iter(group.values())) for group in list(found.values())[:2])
+            raise UserError(
+                f"{first.path} and {second.path} are {contender.name} with different settings, "
+                f"and there is no grid to show how they were chosen: give the runs of one, or "
+                f"those of the grid"
+            )
+        own = {} if contender.carried else protocol[contender.model]
         # Without a grid, one model tuned and the other not would be no fair fight.
-        best = _best(grid.get(contender)) or (None if plain else setting)
-        if best != setting:
+        if own and (best is not None or not (found or plain)):
+            found[next(iter(own.values())).setting] = own
+        if not found or (best is not None and best not in found):
             wanted = f" at {show_setting(best)}, the best of its grid" if best is not None else ""
             raise UserError(
-                f"{contender.name} has no run of {steps} steps{wanted}, to set beside "
-                f"{next(iter(next(iter(entrants.values())).group.values())).path}"
+                f"{contender.name} has no run of {steps} steps{wanted}, to set beside {beside.path}"
             )
-        missing = [seed for seed in seeds if seed not in own]
+        setting = _best_finalist(contender, found)
+        entrants[contender] = Entrant(contender, setting, found[setting], found)
+    return _with_like_seeds(entrants, protocol)
+
+
+def _best_finalist(contender: Contender, finalists: Mapping[Setting, Group]) -> Setting:
+    """That of the lowest mean loss over the seeds that all of them have."""
+    seeds = _common_seeds(finalists)
+    if not seeds:
+        first, second = (next(iter(group.values())) for group in list(finalists.values())[:2])
+        raise UserError(
+            f"the settings of {contender.name} that were run to the end have no seed in common "
+            f"({first.path}, {second.path}): add runs of one seed for all of them"
+        )
+    return best_setting(
+        {setting: fmean(group[seed].loss for seed in seeds) for setting, group in finalists.items()}
+    )
+
+
+def _common_seeds(finalists: Mapping[Setting, Group]) -> list[int]:
+    return sorted(set.intersection(*(set(group) for group in finalists.values())))
+
+
+def _with_like_seeds(
+    entrants: Mapping[Contender, Entrant], protocol: Mapping[str, Group]
+) -> dict[Contender, Entrant]:
+    """The protocol's runs, where they enter, with the seeds of the other entrants."""
+    own = {id(group) for group in protocol.values()}
+    tuned = {
+        contender.name: entrant.group
+        for contender, entrant in entrants.items()
+        if id(entrant.group) not in own
+    }
+    _check_seeds(tuned)
+    if not tuned:
+        return dict(entrants)
+    seeds = sorted(next(iter(tuned.values())))
+    result: dict[Contender, Entrant] = {}
+    for contender, entrant in entrants.items():
+        missing = [seed for seed in seeds if seed not in entrant.group]
         if missing:
             raise UserError(
                 f"{contender.name} has no run with seed {missing[0]} of the protocol's settings, "
                 f"its best, to set beside the other entrants"
             )
-        complete[contender] = Entrant(contender, setting, {seed: own[seed] for seed in seeds})
-    return {**complete, **{key: value for key, value in entrants.items() if key.carried}}
+        group = {seed: entrant.group[seed] for seed in seeds}
+        result[contender] = replace(entrant, group=group)
+    return result
 
 
 def show_setting(setting: Setting) -> str:

@@ -336,11 +336,28 @@ def test_each_model_enters_with_the_best_of_its_grid(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "tuned.svg").exists()
     page = report(tmp_path)
     start = page[: page.index("## At equal steps")]
-    assert "With the best settings of its grid for each, after 1,200 steps on the same" in start
+    assert "With the best settings tried for each, after 1,200 steps on the same" in start
     assert "**Megalodon with carried state and the Llama**" in text
     assert "After 1,200 steps on as much data, the Llama reaches 1.7312" in text
     assert "As a stream: with the state carried from each byte to the next" in text
     assert "The best of the Llama has the only learning rate tried with its schedule" in text
+
+
+def test_the_best_at_the_end_enters_and_all_that_were_run_to_it_are_named(tmp_path: Path) -> None:
+    make_pair(tmp_path / "runs", (7, 8), loss=line(3, 1.5))
+    make_tuned(tmp_path / "runs")
+    options = {"learning_rate": 2e-3, "loss": line(3, 1.1)}
+    for seed in (7, 8):
+        make_run(tmp_path / "runs" / f"second-{seed}", "llama", seed, **options)
+    text = section(report(tmp_path), "Each model at settings of its own")
+    assert row(text, "0.001", "cosine", "50", "–")[1] == "**1.7000**"  # the grid's best
+    assert row(text, "Llama", "0.002", "constant", "0", "–")[0] == "1.1000 ± 0.0000"
+    assert (
+        "Llama was run for all 1,200 steps at learning rate 0.002, constant: 1.1000 ± 0.0000; "
+        "learning rate 0.001, cosine, warm-up of 50 steps: 1.2000 ± 0.0000; learning rate 0.0004, "
+        "constant: 1.5000 ± 0.0000 (seeds 7 and 8). The first of these enters."
+    ) in text
+    assert "The best of the Llama has the highest learning rate tried with its schedule" in text
 
 
 def test_a_best_setting_at_the_edge_of_its_grid_is_said_to_be_that(tmp_path: Path) -> None:
@@ -374,7 +391,7 @@ def test_the_protocols_runs_enter_where_theirs_is_the_best_setting(tmp_path: Pat
         make_run(tmp_path / "runs" / model, model, 7, **options)
     make_run(tmp_path / "runs" / "carried", "megalodon", 8, carry_state=True)
     text = section(report(tmp_path), "Each model at settings of its own")
-    assert "After 1,200 steps, seed 8, each model with the best of its grid" in text
+    assert "After 1,200 steps, seed 8, each model with its best settings of those" in text
     assert row(text, "Llama", "0.0004", "constant", "0", "–")[0] == "0.5000"
 
 

@@ -179,12 +179,18 @@ def test_the_tuned_table_refuses_an_unfair_fight(
     assert "stream.json is of 64 streams in the first, of 1 in the second" in said_without()
     (tmp_path / "runs" / "best-megalodon-7" / "stream.json").unlink()
     said = said_without("grid-llama-b", "grid-megalodon-b")
-    assert "best-megalodon-7: learning rate 0.001, cosine, warm-up of 50 steps is not the" in said
+    assert "Megalodon has no run of 1200 steps at learning rate 0.002, constant, the best" in said
     odd = make_run(tmp_path / "runs" / "odd", "llama", 9, learning_rate=3e-3)
-    assert "are Llama with different settings" in said_without()
+    assert "settings of Llama that were run to the end have no seed in common" in said_without()
+    shutil.rmtree(odd)
+    make_run(odd, "llama", 7, learning_rate=3e-3, loss=line(3, 1))  # the best at the end
+    assert "Llama has no run with seed 8" in said_without()
     shutil.rmtree(odd)
     make_run(odd, "megalodon", 9, carry_state=True, carry_steps=2, **BEST)
-    assert "are Megalodon with carried state with different settings" in said_without()
+    assert "settings of Megalodon with carried state that were run to the end" in said_without()
+    grid = [f"grid-{model}-{name}" for model in ("megalodon", "llama") for name in "ab"]
+    said = said_without(*grid)
+    assert "are Megalodon with carried state with different settings, and there is no grid" in said
     shutil.rmtree(odd)
     make_run(odd, "llama", 9, learning_rate=3e-3, num_batches=1500)
     assert "steps: 1200 in the first, 1500 in the second" in said_without()
