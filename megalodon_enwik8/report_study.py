@@ -349,11 +349,10 @@ def _with_like_seeds(
     entrants: Mapping[Contender, Entrant], protocol: Mapping[str, Group]
 ) -> dict[Contender, Entrant]:
     """The protocol's runs, where they enter, with the seeds of the other entrants."""
-    own = {id(group) for group in protocol.values()}
     tuned = {
         contender.name: entrant.group
         for contender, entrant in entrants.items()
-        if id(entrant.group) not in own
+        if entrant.group is not protocol[contender.model]
     }
     _check_seeds(tuned)
     if not tuned:
