@@ -219,8 +219,8 @@ def make_tables(rows: list[dict[str, Any]]) -> str:
     if decoding:
         parts.append(
             f"**Reading a prompt and writing on**, {decoding[0]['layers']} layers, one row, "
-            "float32; the prompt is read at once, which is what takes the memory (the state alone "
-            "is a Megalodon's when a text is read in pieces):"
+            "float32; the prompt is read at once, the longest by a Megalodon in pieces, which is "
+            "what takes the memory:"
         )
         columns = {
             "prompt bytes/s": lambda row: f"{row['prefill_tokens_per_second']:,.0f}",

@@ -57,7 +57,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"step {checkpoint.step}: {name} is not finite, nothing was saved; "
-                f"lower learning_rate and resume from an earlier checkpoint"
+                f"start again with a lower learning_rate"
             )
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)

@@ -26,7 +26,13 @@ from megalodon_enwik8.files import atomic_write
 from megalodon_enwik8.models import keeps_a_state, restore_model, summed_loss
 from megalodon_enwik8.scoring import TOKENS_PER_BATCH, Score, score_streams, score_windows
 from megalodon_enwik8.stored_text import StoredCorpus, StoredText, Text, open_corpus
-from megalodon_enwik8.utils import autocast, bits_per_byte, choose_device, peak_memory_bytes
+from megalodon_enwik8.utils import (
+    autocast,
+    bits_per_byte,
+    choose_device,
+    peak_memory_bytes,
+    ran_out_of_memory,
+)
 
 
 @torch.no_grad()
@@ -44,7 +50,7 @@ def evaluate(model: PreTrainedModel, windows: torch.Tensor, *, use_autocast: boo
     with torch.compiler.set_stance("force_eager"):
         for rows in windows.split(max(1, TOKENS_PER_BATCH // length)):
             with autocast(device, use_autocast):
-                total += summed_loss(model, rows.to(device)).double().cpu()
+                total += summed_loss(model, rows.to(device)).cpu().double()
     model.train(was_training)
     return total.item() / (windows.size(0) * length)
 
@@ -153,9 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         reading = _how_to_read(options, config, len(text), corpus.name)
         began = time.perf_counter()
         score_text: Any = score_streams if options.stream else score_windows
-        score: Score = score_text(
-            model, text, **reading, use_autocast=config.use_autocast, progress=True
-        )
+        try:
+            score: Score = score_text(
+                model, text, **reading, use_autocast=config.use_autocast, progress=True
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            given = ", ".join(f"--{name} {value}" for name, value in reading.items())
+            raise UserError(f"out of memory with {given}: use smaller numbers") from None
         seconds = time.perf_counter() - began
         result = _result(path, checkpoint, config, corpus, options.split, reading, score)
     result |= {

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop once what is done is saved."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop once what is done is saved."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ class _Interrupted(BaseException):
     """Nothing on the way out may take it for an error."""
 
 
-class StopRequest:
-    """While the `with` block runs, the first SIGINT or SIGTERM is noted in `signal_number`.
+_HANG_UP = getattr(signal, "SIGHUP", None)  # a closed terminal, a broken connection; not on Windows
 
-    The second one ends the process at once, as it does without a handler. A signal that the
+
+class StopRequest:
+    """While the `with` block runs, the first of the signals is noted in `signal_number`.
+
+    The second one ends the process at once, as it does without a handler, unless it is another
+    SIGHUP. A signal that the
     process was started to ignore (as behind nohup or `&` in a script) stays ignored. Outside the
-    main thread, where Python cannot set handlers, nothing changes.
+    main thread, where Python cannot set handlers, nothing changes. What was printed on a terminal
+    goes nowhere once that is closed.
     """
 
     def __init__(self) -> None:
         self.signal_number = 0  # 0: nobody asked
         self._before: dict[int, object] = {}
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:
+            for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP):
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -71,7 +77,12 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         for handled in self._before:
-            signal.signal(handled, signal.SIG_DFL)
+            # A shell that dies with its terminal hangs up its jobs twice.
+            again = signal.SIG_IGN if handled == _HANG_UP else signal.SIG_DFL
+            signal.signal(handled, again)
+        for fd in self._terminals:
+            if not os.isatty(fd):  # closed: to write there would be an error, before all is saved
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         # print() may be what the signal interrupted, and cannot be entered twice; and nobody may
         # be left to read (`2>&1 | tee` dies of the same Ctrl-C).
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ from megalodon_enwik8.files import atomic_write, make_folder
 from megalodon_enwik8.report_format import beginning, duration, seeds_text, shown, table
 from megalodon_enwik8.report_groups import hardware, timing_differences
 from megalodon_enwik8.report_pictures import draw_curves
-from megalodon_enwik8.report_runs import MODELS, NAMES, Group, find_runs, read_run
+from megalodon_enwik8.report_runs import MODELS, NAMES, Group, Run, find_runs, read_run
 from megalodon_enwik8.report_study import Study, arrange
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -163,7 +163,7 @@ def _first_screen(study: Study, command: str) -> list[str]:
     ]
     passes = run.steps * run.bytes_per_step / corpus.train_bytes
     share = 100 * settings.val_batches * settings.seq_len / corpus.val_bytes
-    seconds = sum(each.seconds for each in study.runs)
+    seconds = sum(_undisturbed_seconds(each) for each in study.runs)
     return [
         f"**What was compared.** Megalodon ({counts[0]} parameters) with a Llama-style "
         f"Transformer, transformers' own with its own initialisation ({counts[1]} parameters), "
@@ -179,22 +179,38 @@ def _first_screen(study: Study, command: str) -> list[str]:
         "**How to check it.** This page is made from the run folders given by the first of these "
         f"commands. [The runs](#the-runs) are made again by one command each, {duration(seconds)} "
         f"of training steps in all for the {len(study.runs)} of this page, to which start-up, "
-        "validation and samples add a little; the second command makes a page of those.",
+        "validation and samples add a little, on an idle machine; the second command makes a page "
+        "of those.",
         f"```sh\n{command}\npython -m megalodon_enwik8.report {_AGAIN} --out {_AGAIN}.md\n```",
     ]
 
 
+def _undisturbed_seconds(run: Run) -> float:
+    """The time of all steps, had other work on the machine delayed none of them."""
+    if run.median_step_seconds is None:
+        return run.seconds
+    return run.steps * run.median_step_seconds
+
+
 def _commands(study: Study) -> str:
-    """One command for each run, with its time."""
-    rows = []
+    """One command for each run, with its time, and for each evaluation as a stream."""
+    rows, streams = [], []
     for run in study.runs:
         place = Path(shown(run.path))
         config = shlex.quote(f"{place.as_posix()}/config.yaml")
         inner = Path(*place.parts[1:]) if len(place.parts) > 1 else place
         folder = shlex.quote(f"{_AGAIN}/{inner.as_posix()}")
         command = f"`python train.py --config {config} run_dir={folder}`"
-        rows.append([command, f"{run.steps:,}", f"{run.seconds:,.0f}"])
-    return table(["command", "steps", "seconds of training"], rows)
+        rows.append([command, f"{run.steps:,}", f"{_undisturbed_seconds(run):,.0f}"])
+        if run.streams is not None:
+            streams.append(
+                f"python -m megalodon_enwik8.evaluation {folder}/final.pt --stream "
+                f"--streams {run.streams} --out {folder}/stream.json"
+            )
+    text = table(["command", "steps", "seconds of training, by the median step"], rows)
+    if streams:
+        text += "\n\nThe figures of streams come from:\n\n```sh\n" + "\n".join(streams) + "\n```"
+    return text
 
 
 def _own_command(options: argparse.Namespace) -> str:
@@ -203,7 +219,7 @@ def _own_command(options: argparse.Namespace) -> str:
         "python -m megalodon_enwik8.report",
         *sorted({shlex.quote(shown(Path(path))) for path in options.runs}),
     ]
-    words.append(f"--out {shlex.quote(Path(options.out).name)}")
+    words.append(f"--out {shlex.quote(shown(Path(options.out)))}")
     for name in ("pictures", "context", "speed", "readme"):
         value = getattr(options, name)
         if value:

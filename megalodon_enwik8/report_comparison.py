@@ -106,7 +106,7 @@ def at_equal_steps(
     )
     whole = ""
     if first is not None and second is not None:
-        whole = f" ({first.mean:.4f} and {second.mean:.4f} over the whole validation split)"
+        whole = f" (over the whole validation split {first.mean:.4f} and {second.mean:.4f})"
     percent = f"{100 * (high - low) / high:.2f} % lower"
     if gap.count == 1:
         result = f"{percent} with the one seed tried, so without an interval"
@@ -123,7 +123,7 @@ def at_equal_steps(
         )
     return (
         f"after {steps:,} steps on {data}, {lower} reaches {low:.4f} bits per byte and "
-        f"{higher} {high:.4f}{whole}: {result}."
+        f"{higher} {high:.4f}: {result}{whole}."
     )
 
 
@@ -148,7 +148,7 @@ def how_sure(study: Study) -> str:
         f"two mean losses at the end, {mine.low:.4f} to {mine.high:.4f} and {other.low:.4f} to "
         f"{other.high:.4f}, {touch}; that of the difference, {interval(gap)}, {zero}. They tell "
         "what another seed may change, not what other windows, another text, size or length of "
-        "training would."
+        "training would; those of times also what else the machine was doing."
     )
 
 

@@ -108,7 +108,7 @@ def _finalists(entrant: Entrant) -> str:
     steps = next(iter(entrant.group.values())).steps
     return (
         f"{entrant.contender.name} was run for all {steps:,} steps at {ranking} "
-        f"({seeds_text(seeds)}). {'The first of these enters.' if len(order) > 1 else ''}"
+        f"(validation loss, {seeds_text(seeds)}). {'The first of these enters.' if len(order) > 1 else ''}"
     ).strip()
 
 

@@ -53,8 +53,8 @@ def at_equal_seconds(ours: Group, theirs: Group, our_name: str, their_name: str)
     )
     where = f"at equal wall-clock on {hardware((ours, theirs))}"
     fastest = in_a_sentence(our_name if seconds == shared_seconds([ours]) else their_name)
-    first = f"the first run, of {fastest}," if gap.count > 1 else fastest
-    when = f"after {seconds:,.0f} s of training, when {first} had made all its steps"
+    first = f"the fastest run, one of {fastest}," if gap.count > 1 else fastest
+    when = f"after {seconds:,.0f} s of training, when {first} was done"
     if leader(gap, our_name, their_name):
         if gap.count == 1:
             sure = "with the one seed tried, so without an interval"

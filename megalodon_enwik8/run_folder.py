@@ -14,8 +14,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -107,7 +108,10 @@ class RunFolder:
         if resumed is None:
             self._set_aside(self.run_files())
         else:
-            self._set_aside([path for path in self.checkpoints() if _step_of(path) > step])
+            later = [path for path in self.checkpoints() if _step_of(path) > step]
+            names = ("metrics.jsonl", "environment.json", "best.pt")  # what this run writes anew
+            beside = [self.file(name) for name in names if self.file(name).exists()]
+            self._set_aside(later, copies=beside)
         with atomic_write(self.file("config.yaml")) as file:
             file.write(config.to_yaml().encode())
         with atomic_write(self.file("environment.json")) as file:
@@ -159,24 +163,41 @@ class RunFolder:
         moving = self.file(_MOVING)
         if moving.is_dir():
             for path in moving.iterdir():
-                path.rename(self.file(path.name))
+                if self.file(path.name).exists():
+                    path.unlink()  # a copy
+                else:
+                    path.rename(self.file(path.name))
             moving.rmdir()
 
-    def _set_aside(self, paths: list[Path]) -> None:
-        """Move run files to replaced/, all or none of them."""
+    def _set_aside(self, paths: list[Path], copies: Sequence[Path] = ()) -> None:
+        """Move run files to replaced/, all or none of them, with copies of some that stay."""
         if not paths:
             return
         replaced, moving = self.file(_REPLACED), self.file(_MOVING)
         if replaced.is_dir():
-            # The run that replaced it never got far: it is still the one to keep.
-            for path in paths:
-                path.unlink()
+            self._set_aside_more(paths)
             return
         moving.mkdir()
+        for path in copies:
+            shutil.copy2(path, moving)
         for path in paths:
             path.rename(moving / path.name)
         moving.rename(replaced)
         print(f"what was there is kept in {replaced} until the next checkpoint is due", flush=True)
+
+    def _set_aside_more(self, paths: list[Path]) -> None:
+        """The same once more, before the next checkpoint was due.
+
+        If replaced/ holds a whole run, that is still the one to keep, and its successor, which
+        never got far, goes. If it holds the end of this run, the rest joins it.
+        """
+        replaced = self.file(_REPLACED)
+        whole = (replaced / "config.yaml").exists()
+        for path in sorted(paths, key=lambda path: path.name == "config.yaml"):  # it comes last
+            if whole or (replaced / path.name).exists():
+                path.unlink()
+            else:
+                path.rename(replaced / path.name)
 
 
 @contextmanager

@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 FREE_ON_RESUME = frozenset(
     {
         "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
-        "compile", "gradient_checkpointing", "validate_every", "full_validation", "save_every",
-        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
-        "temperature", "min_p",
+        "compile", "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation",
+        "save_every", "keep_last", "keep_best", "generate_every", "generate_prompt_len",
+        "generate_length", "temperature", "min_p",
     }
 )  # fmt: skip
 
@@ -73,8 +73,8 @@ def train(
     """Train as configured, in config.run_dir.
 
     resume: a checkpoint's path, or run_folder.NEWEST; overwrite: replace a run that the folder
-    holds. Returns the exit code: 0, or 130 or 143 when SIGINT or SIGTERM asked for an early,
-    saved end. Raises UserError for what the user can mend.
+    holds. Returns the exit code: 0, or 128 and the number of the signal that asked for an
+    early, saved end (130 for Ctrl-C). Raises UserError for what the user can mend.
     """
     keep_freed_memory()
     device = choose_device()
@@ -97,7 +97,7 @@ def train(
             trainer.restore(*found)
         elif resume is not None:
             print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
-        compiled = compile_layers(model, config, config.num_batches - trainer.step)
+        compiled = compile_layers(model, config, config.num_batches)
         print(summarize(config, model, corpus, device, compiled), flush=True)
         folder.begin(
             config,
@@ -234,7 +234,8 @@ class Trainer:
             if config.on_nonfinite == "stop":
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped, the earlier "
-                    f"checkpoints are good; lower learning_rate or set on_nonfinite: skip"
+                    f"checkpoints are good; resume with on_nonfinite=skip, or start again with a "
+                    f"lower learning_rate"
                 )
             self.progress.skipped_steps += 1
             if self.carried is not None:
@@ -278,9 +279,11 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f"step {self.step}: validation loss {loss}: stopped, the earlier checkpoints are "
-                f"good; lower learning_rate"
+                f"good; start again with a lower learning_rate"
             )
-        if self.config.keep_best and loss < self.progress.best_val_loss:
+        # Without the file the best loss is another folder's, whose checkpoint was resumed here.
+        best = self.progress.best_val_loss if self.folder.file("best.pt").exists() else math.inf
+        if self.config.keep_best and loss < best:
             self.progress.best_val_loss = loss
             self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
         return {"val_loss": loss, "val_bpc": bits_per_byte(loss)}

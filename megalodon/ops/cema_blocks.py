@@ -84,7 +84,11 @@ def block_matrices_backward(
 
 
 def _powers(c: CEMACoefficients, block: int) -> Tensor:
-    """q^0 .. q^T, complex (T + 1, D, N), by doubling: five products for 32."""
+    """q^0 .. q^T, complex (T + 1, D, N), by doubling.
+
+    A chain of five products for 32 rounds no worse than an exponential of each; across blocks,
+    where a chain would be long, powers have their exact angles (:func:`complex_power`).
+    """
     q = torch.polar(c.log_rho.exp(), c.turns * (2 * math.pi))
     powers = q.new_empty(block + 1, *q.shape)
     powers[0], powers[1] = 1, q

@@ -157,6 +157,17 @@ def test_the_split_is_the_one_asked_for_and_another_text_is_said(
     assert "words.txt is not the text that" in capfd.readouterr().err
 
 
+def test_running_out_of_memory_says_what_to_lower(
+    trained: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scoring(*arguments: object, **keywords: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    monkeypatch.setattr(evaluation, "score_streams", scoring)
+    said = refused(capfd, trained["megalodon"], "--stream", "--streams", 1000, "--segment", 99)
+    assert "out of memory with --streams 1000, --segment 99: use smaller numbers" in said
+
+
 def test_what_the_evaluation_refuses_is_one_line(
     trained: dict[str, Path],
     tmp_path: Path,

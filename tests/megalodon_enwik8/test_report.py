@@ -165,11 +165,11 @@ def test_the_time_that_each_needs_is_read_between_validations(tmp_path: Path) ->
     assert row(table, "Megalodon", "the Llama") == ["1,000 ± 0", "3,000 ± 0"]
     assert row(table, "Llama", "Megalodon") == ["not reached", "not reached"]
     assert (
-        "Megalodon reaches 2.0198 bits per byte and the Llama 2.1640 (2.1640 and 2.3083 over the "
-        "whole validation split): 6.67 % lower, a difference of 0.1443 with a 95 % interval of "
-        "0.1443 to 0.1443 over 2 seeds. At equal wall-clock on cpu (2 of 2 cores), the Llama is "
-        "ahead: 2.1640 against 2.3083 bits per byte after 2,400 s of training, when the first run, "
-        "of the Llama, had made all its steps, a difference of 0.1443 with a 95 % interval of "
+        "Megalodon reaches 2.0198 bits per byte and the Llama 2.1640: 6.67 % lower, a difference "
+        "of 0.1443 with a 95 % interval of 0.1443 to 0.1443 over 2 seeds (over the whole "
+        "validation split 2.1640 and 2.3083). At equal wall-clock on cpu (2 of 2 cores), the Llama "
+        "is ahead: 2.1640 against 2.3083 bits per byte after 2,400 s of training, when the fastest "
+        "run, one of the Llama, was done, a difference of 0.1443 with a 95 % interval of "
         "0.1443 to 0.1443. Beside the Llama, Megalodon has 10 % fewer parameters and takes as much "
         "memory at its peak."
     ) in text
@@ -189,7 +189,7 @@ def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None
     make_pair(tmp_path / "runs", (8,))
     text = report(tmp_path)
     assert "with the one seed tried, so without an interval" in text
-    assert "all its steps, with the one seed tried, so without an interval" in text
+    assert "was done, with the one seed tried, so without an interval" in text
     assert "there is no interval, and another seed may" in text
     cells = row(section(text, "At equal steps"), "validation loss at 1200")
     assert cells == ["1.4000", "1.4500", "−0.0500", "–", "−3.45 %"]
@@ -265,8 +265,8 @@ def test_pages_and_commands_name_folders_as_seen_from_here(
     options = ["--out", elsewhere / "R.md", "--pictures", tmp_path / "my pictures"]
     assert main(["kept/runs", *map(str, options)]) == 0
     text = (elsewhere / "R.md").read_text()
-    command = "python -m megalodon_enwik8.report kept/runs --out R.md --pictures 'my pictures'\n"
-    assert command in text
+    own = "kept/runs --out elsewhere/R.md --pictures 'my pictures'\n"
+    assert f"python -m megalodon_enwik8.report {own}" in text
     assert "](../my%20pictures/comparison.svg)" in text
     assert (tmp_path / "my pictures" / "comparison.svg").exists()
     assert (
@@ -340,6 +340,9 @@ def test_each_model_enters_with_the_best_of_its_grid(tmp_path: Path) -> None:
     assert "**Megalodon with carried state and the Llama**" in text
     assert "After 1,200 steps on as much data, the Llama reaches 1.7312" in text
     assert "As a stream: with the state carried from each byte to the next" in text
+    again = "runs/again/carried-7"
+    reading = f"{again}/final.pt --stream --streams 1 --out {again}/stream.json\n"
+    assert f"python -m megalodon_enwik8.evaluation {reading}" in text
     assert "The best of the Llama has the only learning rate tried with its schedule" in text
 
 
@@ -355,7 +358,8 @@ def test_the_best_at_the_end_enters_and_all_that_were_run_to_it_are_named(tmp_pa
     assert (
         "Llama was run for all 1,200 steps at learning rate 0.002, constant: 1.1000 ± 0.0000; "
         "learning rate 0.001, cosine, warm-up of 50 steps: 1.2000 ± 0.0000; learning rate 0.0004, "
-        "constant: 1.5000 ± 0.0000 (seeds 7 and 8). The first of these enters."
+        "constant: 1.5000 ± 0.0000 (validation loss, seeds 7 and 8). The first of these "
+        "enters."
     ) in text
     assert "The best of the Llama has the highest learning rate tried with its schedule" in text
 

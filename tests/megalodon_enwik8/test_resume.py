@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -11,6 +12,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,10 +37,13 @@ from .endings import Crash, assert_same_ending, ending
 
 @pytest.fixture(autouse=True)
 def signals_are_not_ignored(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As a shell starts a program; behind `&` in a script SIGINT would be ignored."""
+    """As a shell starts a program; behind `&` in a script SIGINT would be ignored, and behind
+    nohup SIGHUP."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hung_up)
 
 
 def test_a_crash_in_any_step_changes_nothing_of_the_ending(
@@ -110,7 +116,7 @@ def test_kill_9_at_50_random_moments_changes_nothing_of_the_ending(
     kill_at_random_moments(make_tiny, processes, tmp_path, kills=50)
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
@@ -164,6 +170,54 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(
     assert process.exitcode in (-signal.SIGINT, 0)
     for path in folder.checkpoints():
         load_checkpoint(path)
+
+
+def test_what_compile_auto_chooses_does_not_hang_on_where_a_run_resumes(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def choose(model: Any, config: ExperimentConfig, steps: int) -> str:
+        asked.append(steps)
+        return "off (a test)"
+
+    monkeypatch.setattr(training, "compile_layers", choose)
+    config = make_tiny("llama", compile="auto")
+    assert train(config) == 0
+    assert train(config, resume=Path(config.run_dir) / "checkpoint_00000004.pt") == 0
+    assert asked == [6, 6]
+
+
+def test_a_closed_terminal_saves(make_tiny: Any, tmp_path: Path) -> None:
+    config = make_tiny("llama", num_batches=100_000, save_every=100_000)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(path)],
+        cwd=Path(__file__).parents[2],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    too_late = threading.Timer(120, process.kill)
+    too_late.start()
+    said = b""
+    with process:
+        while b"step 2: validation loss" not in said:
+            try:
+                said += os.read(terminal, 1000)
+            except OSError:  # nobody writes any more
+                pytest.fail(said.decode())
+        os.close(terminal)
+    too_late.cancel()
+    assert process.returncode == 128 + signal.SIGHUP
+    folder = RunFolder(Path(config.run_dir))
+    (checkpoint,) = folder.checkpoints()
+    assert load_checkpoint(checkpoint).step == len(read_metrics(folder.path / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

@@ -96,10 +96,66 @@ def test_going_back_to_an_older_checkpoint_keeps_the_later_ones_until_one_is_due
     assert sorted(path.name for path in folder.file("replaced").iterdir()) == [
         "checkpoint_00000004.pt",
         "checkpoint_00000006.pt",
+        "environment.json",
+        "metrics.jsonl",
     ]
+    assert len(read_metrics(folder.file("replaced") / "metrics.jsonl")) == 7
     assert train(config, resume=NEWEST) == 0
     assert len(folder.checkpoints()) == 3
     assert not folder.file("replaced").exists()
+
+
+def test_overwriting_after_going_back_keeps_the_whole_run_until_a_checkpoint_is_due(
+    make_tiny: Any, crash_in_step: Any
+) -> None:
+    config = make_tiny("llama", keep_best=True)
+    folder = RunFolder(Path(config.run_dir))
+    assert train(config) == 0
+    old = files_of(folder.path)
+    for step in (4, 2):
+        crash_in_step(step)
+        with pytest.raises(Crash):
+            train(config, resume=folder.file(f"checkpoint_{step:08d}.pt"))
+    crash_in_step(0)
+    with pytest.raises(Crash):
+        train(config, overwrite=True)
+    assert files_of(folder.file("replaced")) == old
+
+
+def test_going_back_cut_off_anywhere_is_undone_at_the_next_start(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_tiny("llama")
+    folder = RunFolder(Path(config.run_dir))
+    assert train(config) == 0
+    old = files_of(folder.path)
+    rename = Path.rename
+    for moves in range(3):  # two checkpoints, then the folder with all
+        left = [moves]
+
+        def crashing(self: Path, target: Path, left: list[int] = left) -> Path:
+            if not left[0]:
+                raise Crash
+            left[0] -= 1
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", crashing)
+            with pytest.raises(Crash):
+                train(config, resume=folder.file("checkpoint_00000002.pt"))
+        with pytest.raises(UserError, match="holds a run already"):
+            train(config)
+        assert files_of(folder.path) == old
+
+
+def test_best_weights_are_kept_in_a_folder_that_goes_on_from_another(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    config = make_tiny("llama", keep_best=True)
+    assert train(config) == 0
+    here = make_tiny("llama", keep_best=True, run_dir=str(tmp_path / "here"))
+    assert train(here, resume=Path(config.run_dir) / "checkpoint_00000006.pt") == 0
+    assert (tmp_path / "here" / "best.pt").exists()
 
 
 def test_a_checkpoint_of_another_folder_does_not_replace_the_run_that_is_here(

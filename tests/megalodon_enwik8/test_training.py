@@ -14,7 +14,7 @@ from megalodon_enwik8 import training
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.models import build_model, summed_loss
-from megalodon_enwik8.run_folder import read_metrics
+from megalodon_enwik8.run_folder import NEWEST, read_metrics
 from megalodon_enwik8.training import make_optimizer, train, train_step
 from megalodon_enwik8.utils import derive_seed
 
@@ -149,7 +149,7 @@ def assert_finite(path: Path) -> None:
 @pytest.mark.usefixtures("nan_at_step_3")
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(make_tiny: Any) -> None:
     config = make_tiny("llama", save_every=1)
-    with pytest.raises(UserError, match=r"^step 3: loss nan, gradient norm nan: stopped.*skip$"):
+    with pytest.raises(UserError, match=r"^step 3: loss nan, gradient norm nan: stopped.*=skip"):
         train(config)
     folder = Path(config.run_dir)
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
@@ -171,6 +171,13 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny: Any) -> None
     for name, weight in before.model_state.items():
         assert torch.equal(weight, after.model_state[name])
     assert_finite(folder / "checkpoint_00000006.pt")
+
+
+@pytest.mark.usefixtures("nan_at_step_3")
+def test_a_run_that_stopped_goes_on_with_steps_skipped(make_tiny: Any) -> None:
+    with pytest.raises(UserError, match="resume with on_nonfinite=skip, or start again"):
+        train(make_tiny("llama"))
+    assert train(make_tiny("llama", on_nonfinite="skip"), resume=NEWEST) == 0
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(
