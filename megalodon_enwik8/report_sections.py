@@ -106,10 +106,11 @@ def _finalists(entrant: Entrant) -> str:
     order = sorted(losses, key=lambda setting: (losses[setting].mean, setting))
     ranking = "; ".join(f"{show_setting(each)}: {spread(losses[each])}" for each in order)
     steps = next(iter(entrant.group.values())).steps
+    enters = " The first of these enters." if len(order) > 1 else ""
     return (
         f"{entrant.contender.name} was run for all {steps:,} steps at {ranking} "
-        f"(validation loss, {seeds_text(seeds)}). {'The first of these enters.' if len(order) > 1 else ''}"
-    ).strip()
+        f"(validation loss, {seeds_text(seeds)}).{enters}"
+    )
 
 
 def _edges(tuned: Tuned) -> str:
