@@ -19,12 +19,14 @@ class Layout:
     offset: tokens of the current chunk that the cache holds; (B,) where one token is decoded.
     segments: padding and document borders, ``None`` for plain text.
     return_state: whether the states after the last token are wanted.
+    truncated: whether they are cut off from the graph that makes them.
     """
 
     rotary: Tensor
     offset: int | Tensor
     segments: Segments | None
     return_state: bool
+    truncated: bool = False
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device. accelerate calls it for each block, so that the blocks of
@@ -65,17 +67,21 @@ def read_layout(
         lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
     border = document_borders(position_ids, segment_ids, mask, lengths, batch, length)
     uniform = 0 if cache is None else cache.uniform_length
+    truncated = cache is not None and cache.truncated
+
+    def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
+        return Layout(rotary, offset, segments, return_state, truncated)
 
     if mask is None and border is None:
         if length == 1 and lengths is not None and uniform is None and return_state:
             offset = lengths % chunk_size
-            return Layout(rotary[offset].unsqueeze(1), offset, None, return_state)
+            return layout(rotary[offset].unsqueeze(1), offset)
         if uniform is not None:
             start = uniform % chunk_size
             if length == 1:
-                return Layout(rotary[start : start + 1], start, None, return_state)
+                return layout(rotary[start : start + 1], start)
             places = torch.arange(start, start + length, device=x.device) % chunk_size
-            return Layout(rotary[places], start, None, return_state)
+            return layout(rotary[places], start)
 
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
@@ -84,7 +90,7 @@ def read_layout(
     if lengths is None:
         lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
     segments = build_segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
-    return Layout(rotary[segments.chunk_position], 0, segments, return_state)
+    return layout(rotary[segments.chunk_position], 0, segments)
 
 
 def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .cache import LayerState, MegalodonCache
+from .cache import LayerState, MegalodonCache, map_state
 from .configuration_megalodon import MegalodonConfig
 from .layout import Layout, mask_labels, read_layout
 from .ops.cema import cema, cema_coefficients
@@ -207,7 +207,10 @@ class MegalodonBlock(GradientCheckpointingLayer):
             return out, None
         assert cema_state is not None
         assert attention_state is not None
-        return out, LayerState(norm_state, cema_state, attention_state)
+        after = LayerState(norm_state, cema_state, attention_state)
+        # Cut off inside the block: a compiled one would else run the backward of every state,
+        # from gradients of zero.
+        return out, map_state(Tensor.detach, after) if layout.truncated else after
 
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout

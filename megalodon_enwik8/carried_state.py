@@ -27,7 +27,7 @@ class CarriedState:
     def begin(self) -> None:
         """Forget the text so far: every stream begins anew."""
         count = -(-self._streams // self._batch_size)
-        self.caches = [new_state(self._model) for _ in range(count)]
+        self.caches = [new_state(self._model, truncated=True) for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all streams, for a checkpoint, however the batch is split."""
@@ -37,7 +37,7 @@ class CarriedState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`. Raises ValueError for a state that does not fit."""
-        cache = new_state(self._model).load_state_dict(state)
+        cache = new_state(self._model, truncated=True).load_state_dict(state)
         if cache.lengths is None:
             self.begin()
             return

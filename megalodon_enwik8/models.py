@@ -75,8 +75,9 @@ def _check_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | P
             )
 
 
-def new_state(model: PreTrainedModel) -> MegalodonCache:
-    """An empty state for a Megalodon. Raises UserError for a model without one."""
+def new_state(model: PreTrainedModel, *, truncated: bool = False) -> MegalodonCache:
+    """An empty state for a Megalodon; truncated: no gradient flows from one call to the one before.
+    Raises UserError for a model without one."""
     if not keeps_a_state(model):
         raise UserError(
             f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
@@ -84,7 +85,7 @@ def new_state(model: PreTrainedModel) -> MegalodonCache:
         )
     from megalodon import MegalodonCache
 
-    return MegalodonCache(cast("MegalodonConfig", model.config))
+    return MegalodonCache(cast("MegalodonConfig", model.config), truncated=truncated)
 
 
 def keeps_a_state(model: PreTrainedModel) -> bool:

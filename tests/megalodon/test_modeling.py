@@ -106,6 +106,31 @@ def test_detached_cache_stops_gradients() -> None:
     assert not cache.states[0].cema.requires_grad
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_cache_is_made_detached_and_gives_the_gradients_of_a_detached_one(
+    masked: bool,
+) -> None:
+    model = tiny_model().double()
+    ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0 if masked else 1
+    gradients = []
+    for truncated in (False, True):
+        model.zero_grad()
+        cache = MegalodonCache(model.config, truncated=truncated)
+        for end in (CHUNK + 1, 2 * CHUNK + 3):
+            piece = ids[:, cache.positions : end]
+            logits = model(piece, attention_mask=mask[:, :end], past_key_values=cache).logits
+            logits.square().sum().backward()
+            if truncated:
+                states = [*cache.states[0].norm, *cache.states[0].attention, *cache.final_norm]
+                assert not any(t.requires_grad for t in [*states, cache.states[0].cema])
+            cache.detach()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "options",
     [
