@@ -115,6 +115,13 @@ class MegalodonCache(Cache):
         """Cut the states off from the graph that made them, for truncated backpropagation."""
         return self.map(Tensor.detach)
 
+    def leave_inference_mode(self) -> None:
+        """Copy states that were made under torch.inference_mode, once outside of it: there nobody
+        may write to them, nor keep them for a backward."""
+        made_there = self.lengths is not None and self.lengths.is_inference()
+        if made_there and not torch.is_inference_mode_enabled():
+            self.map(torch.clone)
+
     def split(self, rows: int) -> list["MegalodonCache"]:
         """Caches of so many rows each, the last of what remains. They share this cache's memory,
         which is not to be used afterwards. Raises ValueError for an empty cache."""
@@ -145,16 +152,17 @@ class MegalodonCache(Cache):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """The cache as plain numbers and tensors, which torch.load reads with weights_only=True."""
+        """A copy of the cache as plain numbers and tensors, which torch.load reads with
+        weights_only=True."""
         return {
             "signature": dict(self.signature),
             "positions": self.positions,
             "uniform_length": self.uniform_length,
-            "tensors": self._flat(),
+            "tensors": [tensor.detach().clone() for tensor in self._flat()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> "MegalodonCache":
-        """Become what :meth:`state_dict` was taken of. Returns the cache.
+        """Become what :meth:`state_dict` was taken of, in tensors of its own. Returns the cache.
 
         Raises ValueError for the state of another model, or a damaged one.
         """
@@ -186,7 +194,8 @@ class MegalodonCache(Cache):
             t.is_floating_point() or t.dtype == torch.int64 for t in tensors
         ):
             raise ValueError("this state is damaged: its tensors have the wrong types")
-        self._unflatten(tensors)
+        # Of its own: decoding writes to the state in place.
+        self._unflatten([tensor.detach().clone() for tensor in tensors])
         self.positions, self.uniform_length = positions, length
         return self
 

@@ -146,6 +146,11 @@ def document_borders(
         segment_ids = _as_rows("segment_ids", segment_ids, batch, length)
         if bool((segment_ids < 0).any()):
             raise ValueError("segment_ids must not be negative; mark padding in attention_mask")
+        if position_ids is None and lengths is not None and bool((lengths > 0).any()):
+            raise ValueError(
+                "segment_ids do not tell whether a row's first document goes on from the cache: "
+                "pass position_ids, which go on from its tokens there or begin with 0"
+            )
         before = _previous_valid(segment_ids, mask)
         change = (segment_ids != before) & (before >= 0)
         border = change if border is None else border | change
@@ -154,6 +159,20 @@ def document_borders(
     if mask is not None:
         border = border & mask
     return border if border.any() else None
+
+
+def document_positions(
+    segment_ids: Tensor, attention_mask: Tensor | None, batch: int, length: int
+) -> Tensor:
+    """Positions (B, L) that say what segment_ids say: 0 where a document begins, and at padding."""
+    mask = read_mask(attention_mask, batch, length, 0)
+    border = document_borders(None, segment_ids, mask, None, batch, length)
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.bool, device=segment_ids.device)
+    count = mask.long().cumsum(1) - 1
+    if border is not None:
+        count = count - torch.where(border, count, 0).cummax(1).values
+    return count.masked_fill(~mask, 0)
 
 
 def _as_rows(name: str, ids: Tensor, batch: int, length: int) -> Tensor:

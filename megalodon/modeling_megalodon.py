@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache import LayerState, MegalodonCache, map_state
 from .configuration_megalodon import MegalodonConfig
-from .layout import Layout, mask_labels, read_layout
+from .layout import Layout, document_positions, mask_labels, read_layout
 from .ops.cema import cema, cema_coefficients
 from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
 from .ops.elementwise import rms_norm, swiglu
@@ -366,7 +366,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 Their absolute value has no other meaning: Megalodon's only positions are those
                 inside a chunk.
             past_key_values: the state after the text before, which is then brought up to date.
-            segment_ids: (B, L) document numbers; where they change, a new document begins.
+            segment_ids: (B, L) document numbers; where they change, a new document begins. With a
+                cache that holds text, pass position_ids.
             use_cache: whether to return the state. Default: the config's `use_cache` when
                 evaluating, False when training.
             output_hidden_states: whether to return the input of every block as well, and the
@@ -393,6 +394,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                     "state in a MegalodonCache"
                 )
             past_key_values.check(self.config, x.shape[0])
+            past_key_values.leave_inference_mode()
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = past_key_values
@@ -466,7 +468,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if device not in self._rotary_tables:
             config = self.config
             head_dim = config.z_dim // config.num_heads
-            table = rotary_table(config.chunk_size, head_dim, config.rope_base, device)
+            with torch.inference_mode(False):  # later calls may be in training
+                table = rotary_table(config.chunk_size, head_dim, config.rope_base, device)
             self._rotary_tables[device] = table
         return self._rotary_tables[device]
 
@@ -565,6 +568,31 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask ends in padding, where there is no token to go on from: pad "
+                "prompts on the left (tokenizer.padding_side = 'left')"
+            )
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """transformers' own, or what segment_ids say: those it would neither cut nor extend."""
+        segment_ids = model_kwargs.pop("segment_ids", None)
+        if segment_ids is None:
+            positions: Tensor = super()._prepare_position_ids_for_generation(
+                inputs_tensor, model_kwargs
+            )
+            return positions
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("segment_ids with a cache that holds text: pass position_ids instead")
+        mask = model_kwargs.get("attention_mask")
+        return document_positions(segment_ids, mask, *inputs_tensor.shape[:2])
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -573,6 +601,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         if outputs.past_key_values is not None:
             model_kwargs.pop("attention_mask", None)
             model_kwargs.pop("position_ids", None)
+            model_kwargs.pop("segment_ids", None)
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, **kwargs
         )

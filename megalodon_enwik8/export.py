@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BYTES = 256
 
+_WRITING = ".writing"
+
 # What an export consists of. A folder with other files is somebody's.
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
 
@@ -61,7 +63,7 @@ def export_model(
     logging.disable_progress_bar()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".writing", dir=target) as aside:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=_WRITING, dir=target) as aside:
             model.save_pretrained(aside, max_shard_size="1TB")
             MegalodonTokenizer().save_pretrained(aside)
             for file in sorted(Path(aside).iterdir()):
@@ -77,7 +79,8 @@ def export_model(
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise UserError unless the folder may be written to."""
     if folder.is_dir():
-        others = sorted({path.name for path in folder.iterdir()} - FILES)
+        names = {path.name for path in folder.iterdir() if path.suffix != _WRITING}
+        others = sorted(names - FILES)  # and without what a killed export left
         if others and not overwrite:
             raise UserError(
                 f"{folder}: holds {others[0]}{' and more' if others[1:] else ''}, which is no "

@@ -93,16 +93,18 @@ def generate_bytes(
         options["suppress_tokens"] = list(range(256, vocabulary))
     input_ids = torch.from_numpy(np.frombuffer(prompt, dtype=np.uint8).astype(np.int64))
     input_ids = input_ids[None].to(device)  # (1, P)
-    # Each length is a new shape, which a compiled layer would compile anew.
-    with torch.compiler.set_stance("force_eager"):
-        output = cast(Any, model).generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=length,
-            streamer=streamer,
-            prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
-            logits_processor=LogitsProcessorList([_Finite()]),
-            **options,
-        )
-    model.train(was_training)
+    try:
+        # Each length is a new shape, which a compiled layer would compile anew.
+        with torch.compiler.set_stance("force_eager"):
+            output = cast(Any, model).generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=length,
+                streamer=streamer,
+                prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
+                logits_processor=LogitsProcessorList([_Finite()]),
+                **options,
+            )
+    finally:
+        model.train(was_training)
     return bytes(output[0, len(prompt) :].tolist())

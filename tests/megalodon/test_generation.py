@@ -317,15 +317,61 @@ def test_generation_goes_on_from_a_state_read_by_hand(
     assert torch.equal(output, expected[:, 5:])
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"prefill_chunk_size": 5}, {"num_beams": 2}], ids=str
+)
+@pytest.mark.parametrize("kind", ["position_ids", "segment_ids"])
 def test_a_packed_prompt_goes_on_from_its_last_document(
-    model: MegalodonForCausalLM, prompt: Tensor
+    model: MegalodonForCausalLM, prompt: Tensor, kind: str, options: dict[str, Any]
 ) -> None:
     first, last = prompt[:1], prompt[1:, :5]
-    positions = torch.cat([torch.arange(first.shape[1]), torch.arange(5)])[None]
+    count = first.shape[1]
+    ids = {
+        "position_ids": torch.cat([torch.arange(count), torch.arange(5)])[None],
+        "segment_ids": torch.tensor([[0] * count + [3] * 5]),
+    }
     packed = torch.cat([first, last], dim=1)
-    output = model.generate(packed, position_ids=positions, max_new_tokens=NEW, do_sample=False)
-    alone = model.generate(last, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(output[:, first.shape[1] :], alone)
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    output = model.generate(packed, **{kind: ids[kind]}, **options)
+    alone = model.generate(last, **options)
+    assert torch.equal(output[:, count:], alone)
+
+
+def test_a_padded_and_packed_prompt_goes_on_from_its_last_documents(
+    model: MegalodonForCausalLM, prompt: Tensor
+) -> None:
+    ids, mask = padded(prompt, (9, prompt.shape[1]))
+    segments = (torch.arange(prompt.shape[1]) >= prompt.shape[1] - 4).long()  # for all rows
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    output = model.generate(ids, attention_mask=mask, segment_ids=segments, **options)
+    assert torch.equal(output[:, -NEW - 4 :], model.generate(prompt[:, -4:], **options))
+
+
+def test_generation_refuses_what_it_cannot_go_on_from(
+    model: MegalodonForCausalLM, prompt: Tensor
+) -> None:
+    mask = torch.ones_like(prompt)
+    mask[1, -2:] = 0
+    with pytest.raises(ValueError, match=r"ends in padding, .* pad prompts on the left"):
+        model.generate(prompt, attention_mask=mask, max_new_tokens=2)
+    cache = model(prompt, use_cache=True).past_key_values
+    segments = torch.zeros_like(prompt)
+    with pytest.raises(ValueError, match="segment_ids with a cache that holds text"):
+        model.generate(prompt, segment_ids=segments, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="segment_ids do not tell whether"):
+        model(prompt, segment_ids=segments, past_key_values=cache)
+
+
+def test_a_state_made_in_inference_mode_serves_outside(prompt: Tensor) -> None:
+    model = tiny_model()
+    expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+    cache = MegalodonCache(model.config)
+    with torch.inference_mode():
+        model(prompt[:, :-1], past_key_values=cache)
+    learning = copy.deepcopy(cache)
+    output = model.generate(prompt, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(output, expected)
+    model(prompt[:, -1:], past_key_values=learning).logits.sum().backward()
 
 
 def test_a_prompt_read_in_pieces_gives_the_same(

@@ -88,6 +88,30 @@ def test_a_state_split_into_rows_and_put_together_is_the_same() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_state_dict_is_a_copy_that_serves_again_and_again() -> None:
+    model, text = tiny_model(), make_text(20)
+    cache = stream(model, text, [20])[1]
+    saved, results = cache.state_dict(), []
+    for _ in range(3):
+        # One token at a time, which is written into the state, past the end of the chunk.
+        for token in make_text(2 * model.config.chunk_size).split(1, dim=1):
+            logits = model(token, past_key_values=cache).logits
+        results.append(logits)
+        cache = MegalodonCache(model.config).load_state_dict(saved)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
+def test_a_truncated_state_is_loaded_cut_off() -> None:
+    model = tiny_model()
+    attached = model(make_text(20), use_cache=True).past_key_values
+    cache = MegalodonCache(model.config, truncated=True).load_state_dict(attached.state_dict())
+    assert not any(tensor.requires_grad for tensor in cache.state_dict()["tensors"])
+    for _ in range(2):
+        model(make_text(5), past_key_values=cache).logits.sum().backward()
+
+
 def test_states_that_do_not_belong_together_are_refused() -> None:
     model = tiny_model()
     _, cache = stream(model, make_text(20, rows=2), [20])

@@ -87,7 +87,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(
     export(checkpoint, folder)
     before = (folder / "model.safetensors").read_bytes()
     other = write_checkpoint(tmp_path / "other.pt", make_tiny(model_name, seed=8))
+    (folder / ".killed.writing").mkdir()  # while it exported
     export(other, folder)
+    (folder / ".killed.writing").rmdir()
     assert (folder / "model.safetensors").read_bytes() != before
     (folder / "thesis.tex").write_text("all of it")
     with pytest.raises(UserError, match=r"holds thesis\.tex, which is no part of an export"):

@@ -120,5 +120,7 @@ def test_output_that_is_not_finite_is_one_line(model: Any, temperature: float) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
+    model.train()
     with pytest.raises(UserError, match="the model's output is not finite"):
         generate_bytes(model, b"x", length=2, seed=1, temperature=temperature)
+    assert model.training
