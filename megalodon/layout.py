@@ -162,11 +162,17 @@ def document_borders(
 
 
 def document_positions(
-    segment_ids: Tensor, attention_mask: Tensor | None, batch: int, length: int
+    segment_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: MegalodonCache | None,
+    batch: int,
+    length: int,
 ) -> Tensor:
-    """Positions (B, L) that say what segment_ids say: 0 where a document begins, and at padding."""
-    mask = read_mask(attention_mask, batch, length, 0)
-    border = document_borders(None, segment_ids, mask, None, batch, length)
+    """Positions (B, L) that say what segment_ids say: 0 where a document begins, and at padding.
+    Raises ValueError for a cache that holds text."""
+    mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
+    lengths = None if cache is None else cache.lengths
+    border = document_borders(None, segment_ids, mask, lengths, batch, length)
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=segment_ids.device)
     count = mask.long().cumsum(1) - 1

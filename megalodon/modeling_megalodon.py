@@ -587,11 +587,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
                 inputs_tensor, model_kwargs
             )
             return positions
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError("segment_ids with a cache that holds text: pass position_ids instead")
-        mask = model_kwargs.get("attention_mask")
-        return document_positions(segment_ids, mask, *inputs_tensor.shape[:2])
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        return document_positions(segment_ids, mask, cache, *inputs_tensor.shape[:2])
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -125,8 +125,8 @@ def train_step(
 ) -> tuple[float, float]:
     """One step on `batch` (sequences, L + 1) int64, `config.batch_size` sequences at a time.
 
-    states: what came before the sequences, one cache for each micro-batch; they are brought up
-    to date, and detached.
+    states: what came before the sequences, one truncated cache for each micro-batch; they are
+    brought up to date.
 
     Each micro-batch runs its own backward on its share of the mean, so the gradient is that of
     the whole batch at the memory of one micro-batch. Returns the mean loss in nats per byte and
@@ -143,8 +143,6 @@ def train_step(
             share = summed_loss(model, rows, state) / tokens
         share.backward()
         loss += share.detach()
-        if state is not None:
-            state.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
     mean_loss, grad_norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):

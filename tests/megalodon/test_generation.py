@@ -356,7 +356,7 @@ def test_generation_refuses_what_it_cannot_go_on_from(
         model.generate(prompt, attention_mask=mask, max_new_tokens=2)
     cache = model(prompt, use_cache=True).past_key_values
     segments = torch.zeros_like(prompt)
-    with pytest.raises(ValueError, match="segment_ids with a cache that holds text"):
+    with pytest.raises(ValueError, match="segment_ids do not tell whether"):
         model.generate(prompt, segment_ids=segments, past_key_values=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="segment_ids do not tell whether"):
         model(prompt, segment_ids=segments, past_key_values=cache)

@@ -107,7 +107,6 @@ def test_a_truncated_state_is_loaded_cut_off() -> None:
     model = tiny_model()
     attached = model(make_text(20), use_cache=True).past_key_values
     cache = MegalodonCache(model.config, truncated=True).load_state_dict(attached.state_dict())
-    assert not any(tensor.requires_grad for tensor in cache.state_dict()["tensors"])
     for _ in range(2):
         model(make_text(5), past_key_values=cache).logits.sum().backward()
 

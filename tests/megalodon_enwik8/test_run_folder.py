@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +59,30 @@ def test_a_run_is_replaced_only_when_the_new_one_has_saved_what_was_due(
     assert_same_ending(shorter, whole)
 
 
-def test_a_move_cut_off_anywhere_is_undone_at_the_next_start(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextlib.contextmanager
+def crash_after(moves: int) -> Iterator[None]:
+    """Die when one more file is to be moved."""
+    rename, left = Path.rename, [moves]
+
+    def crashing(self: Path, target: Path) -> Path:
+        if not left[0]:
+            raise Crash
+        left[0] -= 1
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", crashing)
+        yield
+
+
+def test_a_move_cut_off_anywhere_is_undone_at_the_next_start(make_tiny: Any) -> None:
     config = make_tiny("llama")
     folder = Path(config.run_dir)
     assert train(config) == 0
     old = files_of(folder)
-    rename = Path.rename
     for moves in range(len(old) + 1):
-        left = [moves]
-
-        def crashing(self: Path, target: Path, left: list[int] = left) -> Path:
-            if not left[0]:
-                raise Crash
-            left[0] -= 1
-            return rename(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", crashing)
-            with pytest.raises(Crash):
-                train(config, overwrite=True)
+        with crash_after(moves), pytest.raises(Crash):
+            train(config, overwrite=True)
         with pytest.raises(UserError, match="holds a run already"):
             train(config)
         assert files_of(folder) == old
@@ -122,27 +126,14 @@ def test_overwriting_after_going_back_keeps_the_whole_run_until_a_checkpoint_is_
     assert files_of(folder.file("replaced")) == old
 
 
-def test_going_back_cut_off_anywhere_is_undone_at_the_next_start(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_going_back_cut_off_anywhere_is_undone_at_the_next_start(make_tiny: Any) -> None:
     config = make_tiny("llama")
     folder = RunFolder(Path(config.run_dir))
     assert train(config) == 0
     old = files_of(folder.path)
-    rename = Path.rename
     for moves in range(3):  # two checkpoints, then the folder with all
-        left = [moves]
-
-        def crashing(self: Path, target: Path, left: list[int] = left) -> Path:
-            if not left[0]:
-                raise Crash
-            left[0] -= 1
-            return rename(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", crashing)
-            with pytest.raises(Crash):
-                train(config, resume=folder.file("checkpoint_00000002.pt"))
+        with crash_after(moves), pytest.raises(Crash):
+            train(config, resume=folder.file("checkpoint_00000002.pt"))
         with pytest.raises(UserError, match="holds a run already"):
             train(config)
         assert files_of(folder.path) == old
