@@ -76,7 +76,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(content, path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
+        raise _missing(Path(path)) from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a checkpoint in it, as final.pt") from None
     except UserError:
@@ -102,6 +102,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if isinstance(values["step"], bool) or values["step"] < 0:
         raise UserError(f"{path}: damaged: step is {values['step']}")
     return Checkpoint(**values)
+
+
+def _missing(path: Path) -> UserError:
+    """Says what there is instead."""
+    beside = sorted(other.name for other in path.parent.glob("*.pt"))
+    if beside:
+        more = f" and {len(beside) - 4} more" if len(beside) > 4 else ""
+        remedy = f"the folder holds {', '.join(beside[-4:])}{more}"
+    elif path.parent.is_dir():
+        remedy = "the folder holds none; train.py writes them into run_dir"
+    else:
+        remedy = f"nor is there a folder {path.parent}; train.py makes one at run_dir"
+    return UserError(f"{path}: no such checkpoint: {remedy}")
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {

@@ -147,9 +147,18 @@ def test_other_content_is_named(tmp_path: Path, content: Any, line: str) -> None
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_missing_file_folder_and_plain_pickle_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
+def test_missing_checkpoint_is_named_with_what_there_is_instead(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"b/none.pt: no such checkpoint: nor is there a folder"):
+        load_checkpoint(tmp_path / "b" / "none.pt")
+    with pytest.raises(UserError, match=r"none.pt: no such checkpoint: the folder holds none"):
         load_checkpoint(tmp_path / "none.pt")
+    for step in range(6):
+        (tmp_path / f"checkpoint_{step}.pt").touch()
+    with pytest.raises(UserError, match=r"folder holds checkpoint_2.pt, .*_5.pt and 2 more$"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def test_folder_and_plain_pickle_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder; name a checkpoint in it"):
         load_checkpoint(tmp_path)
     (tmp_path / "x.pt").write_bytes(pickle.dumps(vars(EXAMPLE)["config"]))
