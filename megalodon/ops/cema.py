@@ -13,12 +13,13 @@ cast and saved like any other; complex ones exist only inside the operation of c
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cema_blocks import CEMACoefficients, cema_blocks
+from .cema_blocks import CEMACoefficients, cema_blocks, q_powers
 from .precision import without_autocast
 from .scan import complex_power
 from .segments import Segments, gather_slots, scatter_slots
@@ -92,7 +93,7 @@ def cema(
         y (B, L, D) in the dtype of x; the state (B, D, N, 2) after the last step, or ``None``.
     """
     if x.shape[1] == 1 and segments is None:
-        return _step(x, c, state)
+        return _one_step(x, c, state)
     keep = None
     if segments is None:
         block = min(BLOCK, x.shape[1])
@@ -109,8 +110,8 @@ def cema(
     return y, _final_state(x, entries, c, block, segments)
 
 
-def _step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One step of the recurrence, for decoding."""
+def _one_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence, which autograd and a compiler can follow."""
     u = x[:, 0].to(c.p.dtype)
     re = c.p * u.unsqueeze(-1)  # (B, D, N)
     im = torch.zeros_like(re)
@@ -129,24 +130,55 @@ def _final_state(
 ) -> Tensor:
     """The state (B, D, N, 2) after the last step of x (B, L, D)."""
     batch, length, _ = x.shape
-    size = entries.shape[0]
     if segments is None:
         used = (length - 1) % block + 1
         tail, before = x[:, -used:], (length - 1) // block  # blocks before the last
-        last = entries[before % size, before // size]  # (B, D, N, 2)
-        exponent = torch.tensor(used, device=x.device)
+        last = entries[:, before]  # (B, D, N, 2)
+        count = torch.tensor(used, device=x.device)
     else:
         index = (segments.block_used - 1).clamp(min=0) // block
         count = segments.block_used - index * block  # (B,), 0 for a row without tokens
         slots = torch.arange(block, device=x.device) - block + count.unsqueeze(1)
         slots = torch.where(slots >= 0, slots + index.unsqueeze(1) * block, length)
         tail = gather_slots(x, slots)  # moved to its block's end
-        last = entries[index % size, index // size, torch.arange(batch, device=x.device)]
-        exponent = count.view(-1, 1, 1)
-    steps = torch.arange(tail.shape[1] - 1, -1, -1, device=x.device).view(-1, 1, 1)
-    powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
+        last = entries[torch.arange(batch, device=x.device), index]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        steps = torch.arange(tail.shape[1] - 1, -1, -1, device=x.device).view(-1, 1, 1)
+        powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
+        q_re, q_im = complex_power(c.log_rho, c.turns, count[..., None, None])
+    else:
+        all_powers = torch.view_as_real(q_powers(c, tail.shape[1]))
+        powers = all_powers[:-1].flip(0)
+        q_re, q_im = all_powers[count].unbind(-1)
     # Multiplied and summed: as a batched product it would be D tiny ones.
     added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
-    q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
     re, im = last.unbind(-1)
     return added + torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
+
+
+class CEMAStepCoefficients(NamedTuple):
+    """What the steps of a decoding have in common. p, q: complex (D, N); read: (D, 2N), real and
+    imaginary parts alternating; omega: (D,)."""
+
+    p: Tensor
+    q: Tensor
+    read: Tensor
+    omega: Tensor
+
+
+def cema_step_coefficients(c: CEMACoefficients) -> CEMAStepCoefficients:
+    """The coefficients as :func:`cema_step` takes them."""
+    q = torch.complex(*complex_power(c.log_rho, c.turns))
+    read = torch.stack([c.g_re, -c.g_im], dim=-1).flatten(-2)
+    return CEMAStepCoefficients(c.p.to(q.dtype), q, read, c.omega)
+
+
+@without_autocast
+def cema_step(x: Tensor, c: CEMAStepCoefficients, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence with few operations, for decoding: x (B, 1, D); else as
+    :func:`cema`."""
+    u = x[:, 0].to(c.omega.dtype)
+    before = torch.view_as_complex(state.to(u.dtype).contiguous())
+    after = torch.view_as_real(torch.addcmul(c.p * u.unsqueeze(-1), c.q, before))
+    y = torch.addcmul(torch.linalg.vecdot(c.read, after.flatten(-2)), c.omega, u)
+    return y.unsqueeze(1).to(x.dtype), after

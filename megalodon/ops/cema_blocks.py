@@ -4,10 +4,8 @@ A block of T steps has three parts per channel: the kernel, which takes an input
 from there on; the summary, which takes the block's inputs to what they leave in the state; and
 the readout, which takes the state on entry to the outputs. A scan joins the blocks.
 
-To a compiler it is one opaque operation with a backward of its own: its layouts are chosen so
-that every product is a plain batched one, and nobody need trace the scan or its complex numbers,
-which come and go as real pairs. Time and channels change places within a block, whose T x D
-numbers a cache holds; blocks move as whole rows.
+To a compiler it is one opaque operation with a backward of its own: nobody need trace the scan or
+its complex numbers, which come and go as real pairs.
 """
 
 import math
@@ -19,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cema_layouts
+from .cema_layouts import choose_layout, toeplitz_adjoint
 from .scan import block_scan, complex_power, group_blocks
 
 
@@ -34,7 +34,7 @@ class CEMACoefficients(NamedTuple):
 
 
 class BlockMatrices(NamedTuple):
-    """kernel (D, T), summary (D, T, 2N), readout (D, 2N, T); a state's real and imaginary parts
+    """kernel (T, D); summary, readout (T, D, 2N), where a state's real and imaginary parts
     alternate."""
 
     kernel: Tensor
@@ -44,14 +44,14 @@ class BlockMatrices(NamedTuple):
 
 def block_matrices(c: CEMACoefficients, block: int) -> BlockMatrices:
     """What a block of T steps is made of."""
-    powers = _powers(c, block)
+    powers = q_powers(c, block)
     reads = torch.complex(c.g_re, c.g_im) * powers
     # The kernel is what the readout makes of an input of one.
     kernel = (c.p * reads[:-1].real).sum(-1)
     kernel[0] += c.omega
     summary = _pairs(c.p * powers[:-1].flip(0))
     readout = _pairs(reads[1:].conj_physical())  # Re(read h) = <conj(read), h> as pairs
-    return BlockMatrices(kernel.t(), summary.transpose(0, 1), readout.permute(1, 2, 0))
+    return BlockMatrices(kernel, summary, readout)
 
 
 def block_matrices_backward(
@@ -62,11 +62,11 @@ def block_matrices_backward(
     The gradient of a complex number is that of its real part plus i times that of its imaginary
     part.
     """
-    powers = _powers(c, block)
+    powers = q_powers(c, block)
     g = torch.complex(c.g_re, c.g_im)
-    grad_kernel = F.pad(grad.kernel, (0, 1)).t().unsqueeze(-1)  # (T + 1, D, 1)
-    grad_left = F.pad(_complex(grad.summary.transpose(0, 1)).flip(0), (0, 0, 0, 0, 0, 1))
-    grad_reads = F.pad(_complex(grad.readout.permute(2, 0, 1)).conj(), (0, 0, 0, 0, 1, 0))
+    grad_kernel = F.pad(grad.kernel, (0, 0, 0, 1)).unsqueeze(-1)  # (T + 1, D, 1)
+    grad_left = F.pad(_complex(grad.summary).flip(0), (0, 0, 0, 0, 0, 1))
+    grad_reads = F.pad(_complex(grad.readout).conj(), (0, 0, 0, 0, 1, 0))
     grad_reads = grad_reads + c.p * grad_kernel
     grad_p = ((g * powers).real * grad_kernel + (powers.conj() * grad_left).real).sum(0)
     grad_g = (powers.conj() * grad_reads).sum(0)
@@ -79,12 +79,12 @@ def block_matrices_backward(
         grad_log.imag * (2 * math.pi),
         grad_g.real.clone(),
         grad_g.imag.clone(),
-        grad.kernel[:, 0].clone(),
+        grad.kernel[0].clone(),
     )
 
 
-def _powers(c: CEMACoefficients, block: int) -> Tensor:
-    """q^0 .. q^T, complex (T + 1, D, N), by doubling.
+def q_powers(c: CEMACoefficients, block: int) -> Tensor:
+    """q^0 .. q^T, complex (T + 1, D, N), by doubling. Not differentiable.
 
     A chain of five products for 32 rounds no worse than an exponential of each; across blocks,
     where a chain would be long, powers have their exact angles (:func:`complex_power`).
@@ -123,15 +123,16 @@ def cema_blocks(
         block: T.
 
     Returns:
-        y (B, L, D), and entries (size, groups, B, D, N, 2) in the order of :func:`block_scan`.
+        y (B, L, D), and entries (B, blocks, D, N, 2).
     """
     y, entries, _ = _cema_blocks(x, *c, state, keep, block)
     return y, entries
 
 
 # A compiler's cache on disk knows an operation by its name alone: what it kept of an earlier
-# version of this file, whose tensors had other shapes, must not be found under the name of this.
-_VERSION = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+# version of these files, whose tensors had other shapes, must not be found under the name of this.
+_SOURCES = [Path(file).read_bytes() for file in (__file__, cema_layouts.__file__)]
+_VERSION = f"{zlib.crc32(b''.join(_SOURCES)):08x}"
 
 
 @torch.library.custom_op(f"megalodon::cema_blocks_{_VERSION}", mutates_args=())
@@ -147,20 +148,22 @@ def _cema_blocks(
     keep: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, entries, and for the backward the inputs with their entry states,
-    (D, B, blocks, T + 2N)."""
+    """y, entries, and for the backward the inputs with their entry states."""
     c = CEMACoefficients(p, log_rho, turns, g_re, g_im, omega)
     kernel, summary, readout = (t.to(x.dtype) for t in block_matrices(c, block))
-    columns = _to_columns(x, block, p.shape[1])
-    s = _sum_up(columns, summary, p.dtype)
+    layout = choose_layout(x)
+    inputs = layout.lay_out(x, block, p.shape[1])
+    s = _in_rounds(_complex(layout.sum_up(inputs, summary).to(p.dtype)))
     first = None if state is None else torch.view_as_complex(state.to(p.dtype).contiguous())
     through = _grouped_keep(keep, s)
     entries = block_scan(s, first, log_rho, turns, block, through)
     if through is not None:
         entries *= through[..., None, None]
-    _write_states(columns, entries)
-    weight = torch.cat([_upper_toeplitz(kernel), readout], dim=1)
-    return _from_columns(columns, weight, x.shape[1]), torch.view_as_real(entries), columns
+    entries = _in_order(entries)
+    joined = layout.join(inputs, _pairs(entries))
+    del inputs, s
+    y = layout.read_out(joined, kernel, readout, x.shape[1])
+    return y, torch.view_as_real(entries), joined
 
 
 @_cema_blocks.register_fake
@@ -180,8 +183,8 @@ def _(
     size, groups = group_blocks((length + block - 1) // block)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        p.new_empty(size, groups, batch, dim, order, 2),
-        x.new_empty(dim, batch, groups * size, block + 2 * order),
+        p.new_empty(batch, groups * size, dim, order, 2),
+        choose_layout(x).empty(x, groups * size, block + 2 * order),
     )
 
 
@@ -189,7 +192,7 @@ def _(
 def _cema_blocks_backward(
     grad_y: Tensor,
     grad_entries: Tensor | None,
-    columns: Tensor,
+    joined: Tensor,
     p: Tensor,
     log_rho: Tensor,
     turns: Tensor,
@@ -202,28 +205,29 @@ def _cema_blocks_backward(
     """Gradients of x, of the coefficients, and of the state on entry.
 
     The adjoint is the same operation backwards in time, with transposed matrices and the
-    conjugate of q; and one product of its columns with those of the forward holds the gradients
-    of the matrices and of the scan's q.
+    conjugate of q; and one product of what it joins with what the forward joined holds the
+    gradients of the matrices and of the scan's q.
     """
     c = CEMACoefficients(p, log_rho, turns, g_re, g_im, omega)
     kernel, summary, readout = (t.to(grad_y.dtype) for t in block_matrices(c, block))
-    order = p.shape[1]
-    grad_columns = _to_columns(grad_y, block, order)
-    grad_reads = _sum_up(grad_columns, readout.transpose(1, 2), p.dtype)
+    order, layout = p.shape[1], choose_layout(grad_y)
+    grad_outputs = layout.lay_out(grad_y, block, order)
+    grad_reads = _complex(layout.sum_up(grad_outputs, readout).to(p.dtype))
     if grad_entries is not None:
         grad_reads += torch.view_as_complex(grad_entries.contiguous())
+    grad_reads = _in_rounds(grad_reads)
     through = _grouped_keep(keep, grad_reads)
     if through is not None:
         grad_reads *= through[..., None, None]
     grad_s = block_scan(grad_reads, None, log_rho, -turns, block, through, reverse=True)
-    _write_states(grad_columns, grad_s)
-    adjoint = torch.cat([_upper_toeplitz(kernel).transpose(1, 2), summary.transpose(1, 2)], dim=1)
-    grad_x = _from_columns(grad_columns, adjoint, grad_y.shape[1])
+    grad_joined = layout.join(grad_outputs, _pairs(_in_order(grad_s)))
+    grad_x = layout.read_out(grad_joined, kernel, summary, grad_y.shape[1], adjoint=True)
 
-    inner = torch.bmm(columns.flatten(1, 2).transpose(1, 2), grad_columns.flatten(1, 2))
-    inner = inner.to(p.dtype)
+    inner = layout.inner(joined, grad_joined).to(p.dtype)
     grad_matrices = BlockMatrices(
-        _diagonal_sums(inner[:, :block, :block]), inner[:, :block, block:], inner[:, block:, :block]
+        toeplitz_adjoint(inner[:, :block, :block]),
+        inner[:, :block, block:].transpose(0, 1),
+        inner[:, block:, :block].permute(2, 0, 1),
     )
     grad_c = block_matrices_backward(c, block, grad_matrices)
     q = torch.complex(*complex_power(log_rho, turns, scale=block))
@@ -246,7 +250,7 @@ def _cema_blocks_backward(
 def _(
     grad_y: Tensor,
     grad_entries: Tensor | None,
-    columns: Tensor,
+    joined: Tensor,
     p: Tensor,
     log_rho: Tensor,
     turns: Tensor,
@@ -274,11 +278,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _backward(
     ctx: Any, grad_y: Tensor | None, grad_entries: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    columns, *coefficients, keep = ctx.saved_tensors
+    joined, *coefficients, keep = ctx.saved_tensors
     if grad_y is None:  # only the state takes part in the loss
-        grad_y = columns.new_zeros(ctx.shape)
+        grad_y = joined.new_zeros(ctx.shape)
     *grads, grad_state = _cema_blocks_backward(
-        grad_y, grad_entries, columns, *coefficients, keep, ctx.block
+        grad_y, grad_entries, joined, *coefficients, keep, ctx.block
     )
     return (*grads, grad_state if ctx.has_state else None, None, None)
 
@@ -286,63 +290,15 @@ def _backward(
 _cema_blocks.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _upper_toeplitz(kernel: Tensor) -> Tensor:
-    """(D, T) -> (D, T, T) with [s, t] = kernel[t - s] for t >= s and 0 below.
-
-    A row of length 2T repeated T times and read with row length 2T - 1 shifts by one per row.
-    """
-    dim, size = kernel.shape
-    row = F.pad(kernel, (0, size))
-    rows = row.unsqueeze(1).expand(dim, size, 2 * size).reshape(dim, 2 * size * size)
-    return rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size]
+def _in_rounds(states: Tensor) -> Tensor:
+    """(B, blocks, D, N) -> (size, groups, B, D, N), as :func:`block_scan` takes them; a view."""
+    size, groups = group_blocks(states.shape[1])
+    return states.unflatten(1, (groups, size)).permute(2, 1, 0, 3, 4)
 
 
-def _diagonal_sums(grad: Tensor) -> Tensor:
-    """The adjoint of :func:`_upper_toeplitz`: (D, T, T) -> (D, T)."""
-    dim, size, _ = grad.shape
-    rows = F.pad(F.pad(grad, (0, size - 1)).flatten(1), (0, size))
-    return rows.view(dim, size, 2 * size)[..., :size].sum(1)
-
-
-def _to_columns(x: Tensor, block: int, order: int) -> Tensor:
-    """x (B, L, D), filled up with zeros, by channels and blocks: (D, B, blocks, T + 2N), where the
-    last 2N are left for states."""
-    batch, length, dim = x.shape
-    size, groups = group_blocks(-(-length // block))
-    blocks = groups * size
-    if blocks * block > length:
-        x = F.pad(x, (0, 0, 0, blocks * block - length))
-    rows = x.view(batch, blocks, block, dim).transpose(2, 3).contiguous()
-    columns = x.new_empty(dim, batch, blocks, block + 2 * order)
-    columns[..., :block] = rows.permute(2, 0, 1, 3)
-    return columns
-
-
-def _by_rounds(columns: Tensor) -> Tensor:
-    """(D, B, blocks, K) -> (size, groups, B, D, K), a view."""
-    size, groups = group_blocks(columns.shape[2])
-    return columns.unflatten(2, (groups, size)).permute(3, 2, 1, 0, 4)
-
-
-def _sum_up(columns: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Every block's inputs times matrix (D, T, 2N): complex (size, groups, B, D, N)."""
-    inputs = columns.flatten(1, 2)[..., : matrix.shape[1]]
-    sums = _by_rounds(torch.bmm(inputs, matrix).view(*columns.shape[:3], -1))
-    return _complex(sums.contiguous().to(dtype))
-
-
-def _write_states(columns: Tensor, states: Tensor) -> None:
-    """Put states (size, groups, B, D, N) in their place beside the inputs."""
-    pairs = _pairs(states).to(columns.dtype)  # apart: a copy that both casts and permutes is slow
-    _by_rounds(columns)[..., -pairs.shape[-1] :] = pairs
-
-
-def _from_columns(columns: Tensor, weight: Tensor, length: int) -> Tensor:
-    """Every block's inputs and states times weight (D, T + 2N, T), in order: (B, L, D)."""
-    y = torch.bmm(columns.flatten(1, 2), weight)  # (D, B blocks, T)
-    y = y.transpose(0, 1).contiguous().transpose(1, 2).contiguous()
-    y = y.view(columns.shape[1], -1, columns.shape[0])
-    return y if y.shape[1] == length else y[:, :length].contiguous()
+def _in_order(states: Tensor) -> Tensor:
+    """The inverse of :func:`_in_rounds`."""
+    return states.permute(2, 1, 0, 3, 4).flatten(1, 2).contiguous()
 
 
 def _grouped_keep(keep: Tensor | None, s: Tensor) -> Tensor | None:

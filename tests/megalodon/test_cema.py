@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from megalodon.ops import cema_blocks
-from megalodon.ops.cema import BLOCK, CEMACoefficients, cema, cema_coefficients, cema_reference
+from megalodon.ops.cema import (
+    BLOCK,
+    CEMACoefficients,
+    cema,
+    cema_coefficients,
+    cema_reference,
+    cema_step,
+    cema_step_coefficients,
+)
 from megalodon.ops.cema_blocks import _cema_blocks
+from megalodon.ops.cema_layouts import BlockLayout, ByBlock, ByChannel
 from megalodon.ops.scan import GROUP
 
 from .gradients import assert_same
@@ -44,6 +53,50 @@ def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch
         return function
 
     assert_same(run(cema), run(cema_reference), inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", [ByChannel, ByBlock])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_layout_of_the_blocks_equals_the_recurrence(
+    length: int, layout: type[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cema_blocks, "choose_layout", lambda x: layout)
+    inputs = [torch.randn(2, length, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
+    inputs.append(torch.randn(2, 3, 4, 2, dtype=torch.float64))
+
+    def run(operation):  # type: ignore[no-untyped-def]
+        return lambda x, a, d, t, g, o, h: operation(x, cema_coefficients(a, d, t, g, o), h)
+
+    assert_same(run(cema), run(cema_reference), inputs, 1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_without_gradients_it_equals_the_recurrence(length: int, dtype: torch.dtype) -> None:
+    coefficients = cema_coefficients(*parameters(3, 4, dtype))
+    x, state = torch.randn(2, length, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
+    wide = CEMACoefficients(*(t.double() for t in coefficients))
+    expected = cema_reference(x.double(), wide, state.double())
+    for found, right in zip(cema(x, coefficients, state), expected, strict=True):
+        assert found is not None
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=TOLERANCE[dtype] * 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_equal_the_recurrence(dtype: torch.dtype) -> None:
+    coefficients = cema_coefficients(*parameters(3, 4, dtype))
+    x, state = torch.randn(2, 70, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
+    wide = CEMACoefficients(*(t.double() for t in coefficients))
+    expected, final = cema_reference(x.double(), wide, state.double())
+    steps, outputs = cema_step_coefficients(coefficients), []
+    for token in x.split(1, dim=1):
+        y, state = cema_step(token, steps, state)
+        outputs.append(y)
+    found = torch.cat(outputs, dim=1)
+    assert found.dtype == state.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype] * 10)
+    torch.testing.assert_close(state.double(), final, rtol=0, atol=TOLERANCE[dtype] * 10)
 
 
 def test_gradients_of_the_state_alone_equal_the_recurrence() -> None:
