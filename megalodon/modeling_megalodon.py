@@ -20,7 +20,14 @@ from .cache import LayerState, MegalodonCache, map_state
 from .configuration_megalodon import MegalodonConfig
 from .generation import MegalodonGenerationMixin
 from .layout import Layout, mask_labels, read_layout
-from .ops.cema import cema, cema_coefficients
+from .ops.cema import (
+    CEMAStepCoefficients,
+    cema,
+    cema_coefficients,
+    cema_step,
+    cema_step_coefficients,
+)
+from .ops.cema_blocks import CEMACoefficients
 from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
 from .ops.elementwise import rms_norm, swiglu
 from .ops.precision import compute_dtype
@@ -110,12 +117,31 @@ class MegalodonCEMA(Float32Module):
         self.alpha, self.delta = _zeros(dim, order), _zeros(dim, order)
         self.theta, self.omega = _zeros(dim), _zeros(dim)
         self.gamma = _zeros(dim, order, 2)
+        self._kept: tuple[list[tuple[int, int]], CEMAStepCoefficients] | None = None
 
     def forward(
         self, x: Tensor, state: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        coefficients = cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)
-        return cema(x, coefficients, state, layout.segments, return_state=layout.return_state)
+        decodes = x.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
+        if decodes and state is not None and not torch.compiler.is_compiling():
+            return cema_step(x, self._step_coefficients(), state)
+        self._kept = None
+        return cema(
+            x, self._coefficients(), state, layout.segments, return_state=layout.return_state
+        )
+
+    def _coefficients(self) -> CEMACoefficients:
+        return cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)
+
+    def _step_coefficients(self) -> CEMAStepCoefficients:
+        """What a step multiplies with, kept from step to step, for it takes longer to compute
+        than the step does. Versions tell of weights changed in place; a change through `.data`,
+        which has none, is seen by the first forward pass that does not go on decoding."""
+        parameters = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        if self._kept is None or self._kept[0] != versions:
+            self._kept = versions, cema_step_coefficients(self._coefficients())
+        return self._kept[1]
 
     def reset_parameters(self) -> None:
         """Initialise as the paper's code does; safe on already loaded parameters."""
@@ -142,10 +168,10 @@ class MegalodonQueryKey(Float32Module):
 
     def forward(self, z: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L, Z) -> q, k (B, L, H, Z/H) in the dtype of z."""
-        heads = z.unflatten(-1, (1, self.num_heads, -1))  # (B, L, 1, H, Z/H)
+        heads = z.view(*z.shape[:2], 1, self.num_heads, -1)  # (B, L, 1, H, Z/H)
         wide = torch.promote_types(z.dtype, torch.float32)
         normed = rms_norm(heads, None, self.eps, wide)
-        scale = ((self.gamma + 1) / math.sqrt(heads.shape[-1])).view(2, self.num_heads, -1)
+        scale = ((self.gamma + 1) * heads.shape[-1] ** -0.5).view(2, self.num_heads, -1)
         both = torch.addcmul(self.beta.view_as(scale), normed, scale)
         q, k = apply_rotary(both, rotary.unsqueeze(-3)).to(z.dtype).unbind(2)
         return q, k
@@ -165,7 +191,7 @@ class MegalodonFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.w1(x)) if self.w3 is None else swiglu(self.w1(x), self.w3(x))
-        y = self.w2(F.dropout(hidden, self.dropout, self.training))
+        y = self.w2(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
         return y if self.alpha is None else y * self.alpha
 
 
@@ -180,6 +206,9 @@ class MegalodonBlock(GradientCheckpointingLayer):
         super().__init__()
         dim, bias = config.model_dim, config.output_ffn_bias
         self.config = config
+        # Copies, for it takes a step of decoding longer to ask the config than to use the answer.
+        self.chunk_size = config.chunk_size
+        self.dropout, self.hidden_dropout = config.dropout, config.hidden_dropout
         self.timestep_norm = MegalodonTimestepNorm(config)
         self.cema = MegalodonCEMA(config)
         self.rms_norm = MegalodonRMSNorm(config)
@@ -199,11 +228,11 @@ class MegalodonBlock(GradientCheckpointingLayer):
         norm_state, cema_state, attention_state = state or (None, None, None)
         x_tn, norm_state = self.timestep_norm(x, norm_state, layout)
         mx, cema_state = self.cema(x_tn, cema_state, layout)
-        mx = self._dropout(self.rms_norm(mx), self.config.hidden_dropout)
+        mx = self._dropout(self.rms_norm(mx), self.hidden_dropout)
         a, attention_state = self._attention(x_tn, mx, attention_state, layout)
-        gated = self._dropout(swiglu(self.wr(mx), a), self.config.hidden_dropout)
-        y = x + self._dropout(self.wh1(mx) + self.wh2(gated), self.config.dropout)
-        out = x + self._dropout(self.ffn(self.ffn_norm(y)), self.config.dropout)
+        gated = self._dropout(swiglu(self.wr(mx), a), self.hidden_dropout)
+        y = x + self._dropout(self.wh1(mx) + self.wh2(gated), self.dropout)
+        out = x + self._dropout(self.ffn(self.ffn_norm(y)), self.dropout)
         if not layout.return_state:
             return out, None
         assert cema_state is not None
@@ -216,19 +245,18 @@ class MegalodonBlock(GradientCheckpointingLayer):
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
     ) -> tuple[Tensor, AttentionState | None]:
-        config = self.config
         q, k = self.query_key(self.wz(mx), layout.rotary)
-        v = F.silu(self.wv(x_tn)).unflatten(-1, (config.num_heads, -1))
+        v = F.silu(self.wv(x_tn)).view(*q.shape[:3], -1)
         a, state = chunk_attention(
             q,
             k,
             v,
-            config.chunk_size,
+            self.chunk_size,
             state=state,
             offset=layout.offset,
             segments=layout.segments,
-            dropout=config.attention_dropout if self.training else 0.0,
-            fused=config._attn_implementation != "eager",
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            fused=self.config._attn_implementation != "eager",
             return_state=layout.return_state,
         )
         return a.flatten(-2), state

@@ -155,7 +155,7 @@ def _attend(
     weights = scores.softmax(-1)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]).transpose(1, 2)
+    return torch.bmm(weights, v.flatten(0, 1)).view(*q.shape[:3], -1).transpose(1, 2)
 
 
 def _equal_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +185,8 @@ def _decode(
     if torch.is_grad_enabled():
         keys, values = keys.clone(), values.clone()
     if isinstance(offset, int):
-        keys[:, offset : offset + 1], values[:, offset : offset + 1] = k, v
+        keys.narrow(1, offset, 1).copy_(k)
+        values.narrow(1, offset, 1).copy_(v)
         seen_keys, seen_values, mask = keys[:, : offset + 1], values[:, : offset + 1], None
     else:
         slot = offset.view(-1, 1, 1, 1)

@@ -19,6 +19,8 @@ def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, tensors of one shape and dtype."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(value)
     result: Tensor = _SwiGLU.apply(gate, value)
     return result
 
@@ -53,8 +55,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -
         eps: added to the mean square.
         dtype: of the result.
     """
+    if not torch.is_grad_enabled():
+        return _rms_norm(x, weight, eps, dtype)[0]
     result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
     return result
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / rms (..., 1)."""
+    wide = x.to(_wide(x))
+    mean_square = torch.linalg.vecdot(wide, wide).mul_(1 / x.shape[-1])
+    rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
+    normed = wide * rstd
+    if weight is not None:
+        normed.addcmul_(normed, weight.to(wide.dtype))
+    return normed.to(dtype), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -62,13 +79,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype
     ) -> Tensor:
-        wide = x.to(_wide(x))
-        rstd = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt()
+        normed, rstd = _rms_norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, rstd)
-        normed = wide * rstd
-        if weight is not None:
-            normed.mul_((weight + 1).to(wide.dtype))
-        return normed.to(dtype)
+        return normed
 
     @staticmethod
     @once_differentiable

@@ -134,18 +134,21 @@ def _step(
     dtype: torch.dtype,
 ) -> tuple[Tensor, TimestepNormState]:
     """One step, for decoding: the same formulas with few and small operations."""
-    groups = x[:, 0].unflatten(-1, (num_groups, -1)).to(_compute_dtype(x))  # (B, G, D/G)
+    groups = x.reshape(x.shape[0], num_groups, -1).to(_compute_dtype(x))  # (B, G, D/G)
+    wide = state.mean.dtype
     step_var, step_mean = torch.var_mean(groups, -1, correction=0)
-    seen = state.steps.unsqueeze(1).to(state.mean.dtype)
-    inverse = (seen + 1).reciprocal()
+    step_var, step_mean = step_var.to(wide), step_mean.to(wide)
+    steps = state.steps + 1
+    inverse = steps.unsqueeze(1).to(wide).reciprocal()
     delta = step_mean - state.mean
     mean = torch.addcmul(state.mean, delta, inverse)
-    weighted = delta.square() * inverse + state.var
-    var = torch.addcmul(step_var, weighted, seen) * inverse
-    rstd = (var + eps).rsqrt()
-    normed = (groups - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    y = torch.addcmul(bias, normed.flatten(1), weight + 1)
-    return y.to(dtype).unsqueeze(1), TimestepNormState(state.steps + 1, mean, var)
+    # delta (step_mean - mean) is delta^2 (t-1)/t, which is never negative.
+    var = torch.lerp(state.var, torch.addcmul(step_var, delta, step_mean - mean), inverse)
+    rstd = (var + eps).rsqrt().to(groups.dtype)
+    normed = (groups - mean.to(groups.dtype).unsqueeze(-1)) * rstd.unsqueeze(-1)
+    normed = normed.view(x.shape)
+    y = torch.addcmul(normed + bias, normed, weight)
+    return y.to(dtype), TimestepNormState(steps, mean, var)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -28,6 +28,16 @@ def test_rms_norm_equals_its_reference(shape: tuple[int, ...], dtype: torch.dtyp
     assert_same(run(rms_norm), run(rms_norm_reference), inputs, TOLERANCE[dtype])
 
 
+def test_without_gradients_the_results_are_the_same() -> None:
+    gate, value, weight = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randn(7)
+    expected = swiglu(gate, value), rms_norm(gate, weight, 1e-5, torch.float32)
+    given = [t.clone() for t in (gate, value, weight)]
+    with torch.no_grad():
+        found = swiglu(gate, value), rms_norm(gate, weight, 1e-5, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close([gate, value, weight], given, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("operation", ["swiglu", "rms_norm"])
 def test_backward_keeps_the_inputs_only(operation: str) -> None:
     x, other = torch.randn(2, 64, 32, requires_grad=True), torch.randn(2, 64, 32)

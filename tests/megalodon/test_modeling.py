@@ -81,6 +81,39 @@ def test_changing_a_token_never_changes_a_logit_before_it() -> None:
         assert not torch.equal(logits[:, -1], base[:, -1])
 
 
+@pytest.mark.parametrize(
+    "change", ["in place", "replaced", "by an optimizer through .data", "cast"]
+)
+def test_decoding_goes_on_with_the_weights_as_they_are_now(change: str) -> None:
+    """What a step multiplies with is kept from one to the next."""
+    model = tiny_model()
+    ids = torch.randint(0, 256, (1, CHUNK))
+    cema = model.model.layers[0].cema
+    cache = MegalodonCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)  # keeps
+    if change == "in place":
+        with torch.no_grad():
+            cema.alpha += 1
+    elif change == "replaced":
+        cema.alpha.data = cema.alpha.data + 1
+    elif change == "cast":
+        model.double()
+        cache.map(lambda t: t.double() if t.is_floating_point() else t)
+    else:
+        model(ids).logits.sum().backward()
+        cema.alpha.data += 1
+    with torch.no_grad():
+        before = copy.deepcopy(cache)
+        found = model(ids[:, :1], past_key_values=cache).logits
+        expected = copy.deepcopy(model)
+        for layer in expected.model.layers:
+            layer.cema._kept = None
+        right = expected(ids[:, :1], past_key_values=before).logits
+    torch.testing.assert_close(found, right, rtol=0, atol=0)
+
+
 def test_gradients_flow_through_the_cache() -> None:
     model = tiny_model().double()
     ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))

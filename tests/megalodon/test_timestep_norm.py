@@ -80,6 +80,20 @@ def test_right_at_100_000_steps_with_a_large_mean(piece: int) -> None:
     assert error[:, 10:].max() < 5e-5
 
 
+def test_steps_are_right_with_a_large_mean() -> None:
+    torch.manual_seed(0)
+    x, zeros = torch.randn(2, 2_000, 8) + 100.0, torch.zeros(8)
+    state, outputs = initial_state(x, 2), []
+    for token in x.split(1, dim=1):
+        y, state = timestep_norm(token, zeros, zeros, 2, state=state)
+        outputs.append(y)
+    expected, final = timestep_norm(x.double(), zeros.double(), zeros.double(), 2)
+    torch.testing.assert_close(state.mean, final.mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(state.var, final.var, rtol=0, atol=1e-6)
+    error = (torch.cat(outputs, dim=1).double() - expected).abs()
+    assert error[:, 10:].max() < 5e-5
+
+
 def test_gradient_is_right_with_a_large_mean() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 2_000, 8) + 100.0
