@@ -17,6 +17,10 @@ from torch import Tensor
 from .scan import group_blocks
 
 
+IMAGE = 8
+"""Blocks that :class:`ByBlock` convolves as one image."""
+
+
 class BlockLayout(Protocol):
     """B sequences of L steps in blocks of T, the last ones filled up with zeros."""
 
@@ -129,8 +133,11 @@ class ByBlock:
     @staticmethod
     def _convolve(blocks: Tensor, weight: Tensor) -> Tensor:
         """(B, blocks, D, K), (D M, K) -> (B, blocks, D, M)."""
-        dim, size = blocks.shape[2:]
-        image = blocks.view(1, -1, 1, dim * size).permute(0, 3, 1, 2)
+        count, dim, size = blocks.shape[1:]
+        # A few blocks are an image: all of them in one would make the convolution read each
+        # channel from end to end of the text, before it comes to the next.
+        pixels = IMAGE if count % IMAGE == 0 else count
+        image = blocks.view(-1, pixels, 1, dim * size).permute(0, 3, 1, 2)
         y = F.conv2d(image, weight[..., None, None], groups=dim)
         return y.permute(0, 2, 3, 1).contiguous().view(*blocks.shape[:3], -1)
 
