@@ -108,6 +108,21 @@ class MegalodonLayerNorm(Float32Module):
         return y.to(compute_dtype(x))
 
 
+class _KeptForSteps:
+    """Step coefficients, and the parameters as they were; these are held, so that no other tensor
+    can come to lie at the place of one."""
+
+    def __init__(self, parameters: list[nn.Parameter], c: CEMAStepCoefficients) -> None:
+        self.coefficients = c
+        self.parameters = [(p.detach(), p._version) for p in parameters]
+
+    def made_of(self, parameters: list[nn.Parameter]) -> bool:
+        return all(
+            now.data_ptr() == then.data_ptr() and now._version == version
+            for now, (then, version) in zip(parameters, self.parameters, strict=True)
+        )
+
+
 class MegalodonCEMA(Float32Module):
     """See :func:`megalodon.ops.cema.cema`; gamma holds real and imaginary part in its last axis."""
 
@@ -117,15 +132,17 @@ class MegalodonCEMA(Float32Module):
         self.alpha, self.delta = _zeros(dim, order), _zeros(dim, order)
         self.theta, self.omega = _zeros(dim), _zeros(dim)
         self.gamma = _zeros(dim, order, 2)
-        self._kept: tuple[list[tuple[int, int]], CEMAStepCoefficients] | None = None
+        self._kept: _KeptForSteps | None = None
 
     def forward(
         self, x: Tensor, state: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        decodes = x.shape[1] == 1 and layout.segments is None and not torch.is_grad_enabled()
-        if decodes and state is not None and not torch.compiler.is_compiling():
+        one_more = x.shape[1] == 1 and state is not None and layout.segments is None
+        if one_more and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            assert state is not None
             return cema_step(x, self._step_coefficients(), state)
-        self._kept = None
+        if self._kept is not None:
+            self._kept = None
         return cema(
             x, self._coefficients(), state, layout.segments, return_state=layout.return_state
         )
@@ -135,13 +152,17 @@ class MegalodonCEMA(Float32Module):
 
     def _step_coefficients(self) -> CEMAStepCoefficients:
         """What a step multiplies with, kept from step to step, for it takes longer to compute
-        than the step does. Versions tell of weights changed in place; a change through `.data`,
-        which has none, is seen by the first forward pass that does not go on decoding."""
-        parameters = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
-        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        if self._kept is None or self._kept[0] != versions:
-            self._kept = versions, cema_step_coefficients(self._coefficients())
-        return self._kept[1]
+        than the step does. It is computed anew where a parameter is another one or has changed in
+        place; a write to its `.data`, of which there is no trace, counts from the first forward
+        pass on that is no further step."""
+        parameters = [self.alpha, self.delta, self.theta, self.gamma, self.omega]
+        if any(p.is_inference() for p in parameters):  # these do not count their changes
+            return cema_step_coefficients(self._coefficients())
+        kept = self._kept
+        if kept is None or not kept.made_of(parameters):
+            coefficients = cema_step_coefficients(self._coefficients())
+            kept = self._kept = _KeptForSteps(parameters, coefficients)
+        return kept.coefficients
 
     def reset_parameters(self) -> None:
         """Initialise as the paper's code does; safe on already loaded parameters."""
@@ -206,9 +227,6 @@ class MegalodonBlock(GradientCheckpointingLayer):
         super().__init__()
         dim, bias = config.model_dim, config.output_ffn_bias
         self.config = config
-        # Copies, for it takes a step of decoding longer to ask the config than to use the answer.
-        self.chunk_size = config.chunk_size
-        self.dropout, self.hidden_dropout = config.dropout, config.hidden_dropout
         self.timestep_norm = MegalodonTimestepNorm(config)
         self.cema = MegalodonCEMA(config)
         self.rms_norm = MegalodonRMSNorm(config)
@@ -228,11 +246,11 @@ class MegalodonBlock(GradientCheckpointingLayer):
         norm_state, cema_state, attention_state = state or (None, None, None)
         x_tn, norm_state = self.timestep_norm(x, norm_state, layout)
         mx, cema_state = self.cema(x_tn, cema_state, layout)
-        mx = self._dropout(self.rms_norm(mx), self.hidden_dropout)
+        mx = self._dropout(self.rms_norm(mx), "hidden_dropout")
         a, attention_state = self._attention(x_tn, mx, attention_state, layout)
-        gated = self._dropout(swiglu(self.wr(mx), a), self.hidden_dropout)
-        y = x + self._dropout(self.wh1(mx) + self.wh2(gated), self.dropout)
-        out = x + self._dropout(self.ffn(self.ffn_norm(y)), self.dropout)
+        gated = self._dropout(swiglu(self.wr(mx), a), "hidden_dropout")
+        y = x + self._dropout(self.wh1(mx) + self.wh2(gated), "dropout")
+        out = x + self._dropout(self.ffn(self.ffn_norm(y)), "dropout")
         if not layout.return_state:
             return out, None
         assert cema_state is not None
@@ -245,24 +263,27 @@ class MegalodonBlock(GradientCheckpointingLayer):
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
     ) -> tuple[Tensor, AttentionState | None]:
+        config = self.config
         q, k = self.query_key(self.wz(mx), layout.rotary)
         v = F.silu(self.wv(x_tn)).view(*q.shape[:3], -1)
         a, state = chunk_attention(
             q,
             k,
             v,
-            self.chunk_size,
+            config.chunk_size,
             state=state,
             offset=layout.offset,
             segments=layout.segments,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            fused=self.config._attn_implementation != "eager",
+            dropout=config.attention_dropout if self.training else 0.0,
+            fused=config._attn_implementation != "eager",
             return_state=layout.return_state,
         )
         return a.flatten(-2), state
 
-    def _dropout(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p, self.training) if p else x
+    def _dropout(self, x: Tensor, option: str) -> Tensor:
+        # Asked for in training alone: that takes longer than a small operation does.
+        p = getattr(self.config, option) if self.training else 0.0
+        return F.dropout(x, p) if p else x
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):

@@ -9,7 +9,7 @@ Ma et al. 2024 (arXiv 2404.08801), section 3.1. Per channel d and order n = 1..N
     phi = n sigmoid(theta) 2 pi / N
 
 States are real tensors (B, D, N, 2) that hold real and imaginary part, so that they may be traced,
-cast and saved like any other; complex ones exist only inside the operation of cema_blocks.py.
+cast and saved like any other; neither autograd nor a compiler ever meets a complex one.
 """
 
 import math
@@ -93,7 +93,7 @@ def cema(
         y (B, L, D) in the dtype of x; the state (B, D, N, 2) after the last step, or ``None``.
     """
     if x.shape[1] == 1 and segments is None:
-        return _one_step(x, c, state)
+        return _traceable_step(x, c, state)
     keep = None
     if segments is None:
         block = min(BLOCK, x.shape[1])
@@ -110,7 +110,7 @@ def cema(
     return y, _final_state(x, entries, c, block, segments)
 
 
-def _one_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """One step of the recurrence, which autograd and a compiler can follow."""
     u = x[:, 0].to(c.p.dtype)
     re = c.p * u.unsqueeze(-1)  # (B, D, N)
@@ -134,7 +134,7 @@ def _final_state(
         used = (length - 1) % block + 1
         tail, before = x[:, -used:], (length - 1) // block  # blocks before the last
         last = entries[:, before]  # (B, D, N, 2)
-        count = torch.tensor(used, device=x.device)
+        count: int | Tensor = used
     else:
         index = (segments.block_used - 1).clamp(min=0) // block
         count = segments.block_used - index * block  # (B,), 0 for a row without tokens
@@ -142,10 +142,12 @@ def _final_state(
         slots = torch.where(slots >= 0, slots + index.unsqueeze(1) * block, length)
         tail = gather_slots(x, slots)  # moved to its block's end
         last = entries[torch.arange(batch, device=x.device), index]
+    # The powers of a block's matrices come cheaper, but neither differentiable nor traceable.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         steps = torch.arange(tail.shape[1] - 1, -1, -1, device=x.device).view(-1, 1, 1)
         powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
-        q_re, q_im = complex_power(c.log_rho, c.turns, count[..., None, None])
+        exponent = torch.as_tensor(count, device=x.device)[..., None, None]
+        q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
     else:
         all_powers = torch.view_as_real(q_powers(c, tail.shape[1]))
         powers = all_powers[:-1].flip(0)
@@ -170,7 +172,7 @@ def cema_step_coefficients(c: CEMACoefficients) -> CEMAStepCoefficients:
     """The coefficients as :func:`cema_step` takes them."""
     q = torch.complex(*complex_power(c.log_rho, c.turns))
     read = torch.stack([c.g_re, -c.g_im], dim=-1).flatten(-2)
-    return CEMAStepCoefficients(c.p.to(q.dtype), q, read, c.omega)
+    return CEMAStepCoefficients(c.p.to(q.dtype), q, read, c.omega.clone())
 
 
 @without_autocast

@@ -131,7 +131,9 @@ def cema_blocks(
 
 # A compiler's cache on disk knows an operation by its name alone: what it kept of an earlier
 # version of these files, whose tensors had other shapes, must not be found under the name of this.
+# Nor what was kept on another kind of processor, where blocks may lie in another layout.
 _SOURCES = [Path(file).read_bytes() for file in (__file__, cema_layouts.__file__)]
+_SOURCES.append(torch.backends.cpu.get_cpu_capability().encode())
 _VERSION = f"{zlib.crc32(b''.join(_SOURCES)):08x}"
 
 
@@ -161,7 +163,7 @@ def _cema_blocks(
         entries *= through[..., None, None]
     entries = _in_order(entries)
     joined = layout.join(inputs, _pairs(entries))
-    del inputs, s
+    del inputs, s  # whose memory the outputs can have
     y = layout.read_out(joined, kernel, readout, x.shape[1])
     return y, torch.view_as_real(entries), joined
 

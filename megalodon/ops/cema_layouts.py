@@ -2,8 +2,8 @@
 
 A block has K numbers a channel: T inputs, and beside them the 2N numbers of a state. Every channel
 has matrices of its own. There are two layouts, for no way to take such products is the best one
-everywhere: :class:`ByChannel`, and on x86 in float32 :class:`ByBlock`, which moves less and takes
-two thirds of the time.
+everywhere: :class:`ByChannel`, and on x86 in float32 :class:`ByBlock`, which moves less
+(docs/speed.md has the times).
 
 In both, time and channels change places within a block, whose T x D numbers a cache holds.
 """
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .scan import group_blocks
-
 
 IMAGE = 8
 """Blocks that :class:`ByBlock` convolves as one image."""
@@ -30,7 +29,8 @@ class BlockLayout(Protocol):
 
     @staticmethod
     def lay_out(x: Tensor, block: int, order: int) -> Tensor:
-        """The inputs x (B, L, D) in this layout."""
+        """The inputs x (B, L, D) in this layout, maybe with room for the 2N = 2 order numbers of
+        the states."""
 
     @staticmethod
     def sum_up(inputs: Tensor, matrices: Tensor) -> Tensor:
@@ -61,10 +61,9 @@ class ByChannel:
 
     @staticmethod
     def lay_out(x: Tensor, block: int, order: int) -> Tensor:
-        x = _whole_blocks(x, block)
-        rows = x.transpose(2, 3).contiguous()
-        # With room for the states.
-        columns = ByChannel.empty(x[:, 0], x.shape[1], block + 2 * order)
+        blocks = _whole_blocks(x, block)
+        rows = blocks.transpose(2, 3).contiguous()
+        columns = ByChannel.empty(x, blocks.shape[1], block + 2 * order)
         columns[..., :block] = rows.permute(2, 0, 1, 3)
         return columns
 
@@ -97,7 +96,7 @@ class ByChannel:
 
 class ByBlock:
     """(B, blocks, D, K): grouped 1 x 1 convolutions, which take blocks in the order in which they
-    come, and which oneDNN runs at twice the speed of small batched products."""
+    come, and which oneDNN runs faster than MKL does small batched products."""
 
     @staticmethod
     def empty(x: Tensor, blocks: int, size: int) -> Tensor:
@@ -138,13 +137,18 @@ class ByBlock:
         # channel from end to end of the text, before it comes to the next.
         pixels = IMAGE if count % IMAGE == 0 else count
         image = blocks.view(-1, pixels, 1, dim * size).permute(0, 3, 1, 2)
-        y = F.conv2d(image, weight[..., None, None], groups=dim)
-        return y.permute(0, 2, 3, 1).contiguous().view(*blocks.shape[:3], -1)
+        if image.shape[0] < 16 and torch.get_num_threads() == 1 and blocks.dtype == torch.float32:
+            # There conv2d does without oneDNN, and goes channel by channel.
+            matrices = weight.view(dim, -1, size).transpose(1, 2)
+            y = torch.bmm(blocks.flatten(0, 1).transpose(0, 1), matrices).transpose(0, 1)
+        else:
+            y = F.conv2d(image, weight[..., None, None], groups=dim).permute(0, 2, 3, 1)
+        return y.contiguous().view(*blocks.shape[:3], -1)
 
 
 def choose_layout(x: Tensor) -> type[BlockLayout]:
-    """The faster one for tensors like x. In bfloat16 it is :class:`ByChannel` because of the
-    backward, whose inner products want the blocks by channel in any case."""
+    """The one for tensors like x. In bfloat16 it is :class:`ByChannel` because of the backward,
+    whose inner products want the blocks by channel in any case."""
     convolves = (
         x.device.type == "cpu"
         and x.dtype == torch.float32

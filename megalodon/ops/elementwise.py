@@ -20,16 +20,20 @@ def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, tensors of one shape and dtype."""
     if not torch.is_grad_enabled():
-        return F.silu(gate).mul_(value)
+        return _swiglu(gate, value)
     result: Tensor = _SwiGLU.apply(gate, value)
     return result
+
+
+def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    return F.silu(gate).mul_(value)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return F.silu(gate).mul_(value)
+        return _swiglu(gate, value)
 
     @staticmethod
     @once_differentiable

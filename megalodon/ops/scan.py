@@ -83,7 +83,7 @@ def block_scan(
 
     Args:
         s: complex (size, groups, B, D, N), what each block adds. Block t stands at [t % size,
-            t // size], so that blocks of one round lie next to each other.
+            t // size], so that blocks of one round have one index.
         first: complex (B, D, N), the state before the first block; ``None`` for zero.
         log_rho, turns: (D, N), the decay and the phase of one time step.
         step: time steps in a block.

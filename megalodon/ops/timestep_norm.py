@@ -134,19 +134,16 @@ def _step(
     dtype: torch.dtype,
 ) -> tuple[Tensor, TimestepNormState]:
     """One step, for decoding: the same formulas with few and small operations."""
-    groups = x.reshape(x.shape[0], num_groups, -1).to(_compute_dtype(x))  # (B, G, D/G)
-    wide = state.mean.dtype
+    groups = x.reshape(x.shape[0], num_groups, -1).to(state.mean.dtype)  # (B, G, D/G)
     step_var, step_mean = torch.var_mean(groups, -1, correction=0)
-    step_var, step_mean = step_var.to(wide), step_mean.to(wide)
     steps = state.steps + 1
-    inverse = steps.unsqueeze(1).to(wide).reciprocal()
+    inverse = steps.unsqueeze(1).to(groups.dtype).reciprocal()
     delta = step_mean - state.mean
     mean = torch.addcmul(state.mean, delta, inverse)
     # delta (step_mean - mean) is delta^2 (t-1)/t, which is never negative.
     var = torch.lerp(state.var, torch.addcmul(step_var, delta, step_mean - mean), inverse)
-    rstd = (var + eps).rsqrt().to(groups.dtype)
-    normed = (groups - mean.to(groups.dtype).unsqueeze(-1)) * rstd.unsqueeze(-1)
-    normed = normed.view(x.shape)
+    normed = (groups - mean.unsqueeze(-1)) * (var + eps).rsqrt().unsqueeze(-1)
+    normed = normed.to(_compute_dtype(x)).view(x.shape)
     y = torch.addcmul(normed + bias, normed, weight)
     return y.to(dtype), TimestepNormState(steps, mean, var)
 

@@ -1,11 +1,12 @@
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalodon.ops import cema_blocks
+from megalodon.ops import cema_blocks, cema_layouts
 from megalodon.ops.cema import (
     BLOCK,
     CEMACoefficients,
@@ -19,7 +20,7 @@ from megalodon.ops.cema_blocks import _cema_blocks
 from megalodon.ops.cema_layouts import BlockLayout, ByBlock, ByChannel
 from megalodon.ops.scan import GROUP
 
-from .gradients import assert_same
+from .gradients import assert_same, values_and_gradients
 
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7, GROUP * BLOCK + 1]
 # float32 is held to the reference in float64. A phase rounded to 2^-24 turns is off by
@@ -70,6 +71,28 @@ def test_every_layout_of_the_blocks_equals_the_recurrence(
     assert_same(run(cema), run(cema_reference), inputs, 1e-10)
 
 
+@pytest.mark.parametrize("length", [BLOCK + 5, GROUP * BLOCK + 40])
+def test_both_layouts_of_the_blocks_agree_where_states_are_cut_off(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [torch.randn(2, length, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
+    inputs.append(torch.randn(2, 3, 4, 2, dtype=torch.float64))
+    keep = (torch.rand(2, -(-length // BLOCK)) < 0.7).double()
+
+    def run(layout: type[BlockLayout]):  # type: ignore[no-untyped-def]
+        def function(x, *given):  # type: ignore[no-untyped-def]
+            monkeypatch.setattr(cema_blocks, "choose_layout", lambda x: layout)
+            return cema_blocks.cema_blocks(
+                x, cema_coefficients(*given[:-1]), given[-1], keep, BLOCK
+            )
+
+        # The backward chooses too.
+        return values_and_gradients(function, inputs)
+
+    for found, expected in zip(run(ByBlock), run(ByChannel), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("length", LENGTHS)
@@ -108,7 +131,7 @@ def test_gradients_of_the_state_alone_equal_the_recurrence() -> None:
     assert_same(run(cema), run(cema_reference), inputs, 1e-10)
 
 
-def test_no_complex_tensor_in_the_fast_form() -> None:
+def test_autograd_meets_no_complex_tensor() -> None:
     seen = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -185,25 +208,33 @@ def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) 
         assert error < 0.0068
 
 
-def test_the_compiler_is_told_the_truth_about_the_operation() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiler_is_told_the_truth_about_the_operation(dtype: torch.dtype) -> None:
     """Shapes, strides and gradients that torch.compile works with."""
-    c = cema_coefficients(*parameters(3, 4, torch.float32))
+    c = cema_coefficients(*parameters(3, 4, dtype))
     coefficients = [t.detach().contiguous().requires_grad_() for t in c]
     for length in (7, GROUP * BLOCK + 3):
-        x = torch.randn(2, length, 3, requires_grad=True)
-        state = torch.randn(2, 3, 4, 2, requires_grad=True)
+        x = torch.randn(2, length, 3, dtype=dtype, requires_grad=True)
+        state = torch.randn(2, 3, 4, 2, dtype=dtype, requires_grad=True)
         block = min(BLOCK, length)
-        keep = (torch.rand(2, -(-length // block)) < 0.7).float()
+        keep = (torch.rand(2, -(-length // block)) < 0.7).to(dtype)
         for given in ((state, None), (None, None), (state, keep)):
             torch.library.opcheck(_cema_blocks, (x, *coefficients, *given, block))
 
 
-def test_a_changed_operation_has_another_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", [cema_blocks, cema_layouts])
+def test_a_changed_operation_has_another_name(
+    file: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A compiler's cache on disk would take it for the old one, and fail on its shapes."""
+    assert file.__file__ is not None
     assert cema_blocks.__file__ is not None
     changed = tmp_path / "changed.py"
-    changed.write_text(Path(cema_blocks.__file__).read_text() + "\n# changed\n")
-    spec = importlib.util.spec_from_file_location("megalodon.ops.changed", changed)
+    changed.write_text(Path(file.__file__).read_text() + "\n# changed\n")
+    source = changed if file is cema_blocks else cema_blocks.__file__
+    if file is cema_layouts:
+        monkeypatch.setattr(cema_layouts, "__file__", str(changed))
+    spec = importlib.util.spec_from_file_location("megalodon.ops.changed", source)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -107,11 +107,43 @@ def test_decoding_goes_on_with_the_weights_as_they_are_now(change: str) -> None:
     with torch.no_grad():
         before = copy.deepcopy(cache)
         found = model(ids[:, :1], past_key_values=cache).logits
-        expected = copy.deepcopy(model)
-        for layer in expected.model.layers:
-            layer.cema._kept = None
-        right = expected(ids[:, :1], past_key_values=before).logits
+        right = copy.deepcopy(model)(ids[:, :1], past_key_values=before).logits
     torch.testing.assert_close(found, right, rtol=0, atol=0)
+
+
+def test_decoding_keeps_what_its_steps_multiply_with_until_something_else_runs() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 256, (1, CHUNK))
+    cema = model.model.layers[0].cema
+    cache = MegalodonCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        assert cema._kept is None
+        model(ids[:, :1], past_key_values=cache)
+        kept = cema._kept
+        assert kept is not None
+        model(ids[:, :1], past_key_values=cache)
+        assert cema._kept is kept
+        model(ids, past_key_values=cache)
+        assert cema._kept is None
+        model(ids[:, :1], past_key_values=cache)
+    model(ids)
+    assert cema._kept is None
+
+
+def test_decoding_with_weights_made_in_inference_mode_sees_their_changes() -> None:
+    ids = torch.randint(0, 256, (1, CHUNK))
+    with torch.inference_mode():
+        model = tiny_model()
+        cache = MegalodonCache(model.config)
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        before = copy.deepcopy(cache)
+        found = model(ids[:, :1], past_key_values=cache).logits
+        for layer in model.model.layers:
+            layer.cema.alpha += 1
+        other = model(ids[:, :1], past_key_values=before).logits
+    assert not torch.allclose(found, other)
 
 
 def test_gradients_flow_through_the_cache() -> None:
