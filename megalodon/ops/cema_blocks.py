@@ -283,9 +283,10 @@ def _backward(
     joined, *coefficients, keep = ctx.saved_tensors
     if grad_y is None:  # only the state takes part in the loss
         grad_y = joined.new_zeros(ctx.shape)
-    *grads, grad_state = _cema_blocks_backward(
-        grad_y, grad_entries, joined, *coefficients, keep, ctx.block
-    )
+    with torch.autocast(grad_y.device.type, enabled=False):  # a caller's may reach as far as here
+        *grads, grad_state = _cema_blocks_backward(
+            grad_y, grad_entries, joined, *coefficients, keep, ctx.block
+        )
     return (*grads, grad_state if ctx.has_state else None, None, None)
 
 

@@ -131,6 +131,19 @@ def test_gradients_of_the_state_alone_equal_the_recurrence() -> None:
     assert_same(run(cema), run(cema_reference), inputs, 1e-10)
 
 
+def test_autocast_does_not_reach_the_backward() -> None:
+    coefficients = parameters(3, 4, torch.float32)
+    x = torch.randn(2, 3 * BLOCK, 3)
+    gradients = []
+    for enabled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, *coefficients)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, _ = cema(leaves[0], cema_coefficients(*leaves[1:]))
+            y.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 def test_autograd_meets_no_complex_tensor() -> None:
     seen = []
 
