@@ -42,7 +42,13 @@ def assert_same(
     values, gradients = values_and_gradients(function, inputs)
     expected, expected_gradients = values_and_gradients(reference, [x.double() for x in inputs])
     assert len(values) == len(expected)
-    for ours, theirs in zip(values + gradients, expected + expected_gradients, strict=True):
+    assert_close(values + gradients, expected + expected_gradients, tolerance)
+
+
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Each tensor agrees with its float64 one to `tolerance` times that one's largest entry (at
+    least 1)."""
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape
         scale = max(1.0, theirs.abs().max().item())
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * scale)

@@ -81,17 +81,23 @@ def test_changing_a_token_never_changes_a_logit_before_it() -> None:
         assert not torch.equal(logits[:, -1], base[:, -1])
 
 
+@torch.no_grad()
+def after_a_prompt() -> tuple[MegalodonForCausalLM, Tensor, MegalodonCache]:
+    model = tiny_model()
+    ids = torch.randint(0, 256, (1, CHUNK))
+    cache = MegalodonCache(model.config)
+    model(ids, past_key_values=cache)
+    return model, ids, cache
+
+
 @pytest.mark.parametrize(
     "change", ["in place", "replaced", "by an optimizer through .data", "cast"]
 )
 def test_decoding_goes_on_with_the_weights_as_they_are_now(change: str) -> None:
     """What a step multiplies with is kept from one to the next."""
-    model = tiny_model()
-    ids = torch.randint(0, 256, (1, CHUNK))
+    model, ids, cache = after_a_prompt()
     cema = model.model.layers[0].cema
-    cache = MegalodonCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)  # keeps
     if change == "in place":
         with torch.no_grad():
@@ -112,12 +118,9 @@ def test_decoding_goes_on_with_the_weights_as_they_are_now(change: str) -> None:
 
 
 def test_decoding_keeps_what_its_steps_multiply_with_until_something_else_runs() -> None:
-    model = tiny_model()
-    ids = torch.randint(0, 256, (1, CHUNK))
+    model, ids, cache = after_a_prompt()
     cema = model.model.layers[0].cema
-    cache = MegalodonCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
         assert cema._kept is None
         model(ids[:, :1], past_key_values=cache)
         kept = cema._kept
@@ -132,11 +135,8 @@ def test_decoding_keeps_what_its_steps_multiply_with_until_something_else_runs()
 
 
 def test_decoding_with_weights_made_in_inference_mode_sees_their_changes() -> None:
-    ids = torch.randint(0, 256, (1, CHUNK))
     with torch.inference_mode():
-        model = tiny_model()
-        cache = MegalodonCache(model.config)
-        model(ids, past_key_values=cache)
+        model, ids, cache = after_a_prompt()
         model(ids[:, :1], past_key_values=cache)
         before = copy.deepcopy(cache)
         found = model(ids[:, :1], past_key_values=cache).logits
