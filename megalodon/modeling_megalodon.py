@@ -1,11 +1,10 @@
-"""Megalodon in PyTorch: the modules around the operations of :mod:`megalodon.ops`.
+"""Megalodon in PyTorch: blocks, the model, and the model with the output of a language model.
 
 Ma et al. 2024, "Megalodon: Efficient LLM Pretraining and Inference with Unlimited Context
 Length" (arXiv 2404.08801).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,200 +19,17 @@ from .cache import LayerState, MegalodonCache, map_state
 from .configuration_megalodon import MegalodonConfig
 from .generation import MegalodonGenerationMixin
 from .layout import Layout, mask_labels, read_layout
-from .ops.cema import (
-    CEMAStepCoefficients,
-    cema,
-    cema_coefficients,
-    cema_step,
-    cema_step_coefficients,
+from .modules import (
+    Float32Module,
+    MegalodonCEMA,
+    MegalodonFFN,
+    MegalodonLayerNorm,
+    MegalodonQueryKey,
+    MegalodonRMSNorm,
+    MegalodonTimestepNorm,
 )
-from .ops.cema_blocks import CEMACoefficients
-from .ops.chunk_attention import AttentionState, apply_rotary, chunk_attention, rotary_table
-from .ops.elementwise import rms_norm, swiglu
-from .ops.precision import compute_dtype
-from .ops.timestep_norm import TimestepNormState, timestep_norm
-
-
-class Float32Module(nn.Module):
-    """A module whose parameters stay float32 when the model is cast to a shorter type."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
-        def keep_precision(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype in (torch.bfloat16, torch.float16) and tensor.dtype in (
-                torch.float32,
-                torch.float64,
-            ):
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_precision, recurse)
-
-
-def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=_parameter_dtype()))
-
-
-def _parameter_dtype() -> torch.dtype:
-    """float32, or float64 where that is the default."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
-
-
-class MegalodonTimestepNorm(Float32Module):
-    """See :func:`megalodon.ops.timestep_norm.timestep_norm`; its dtype is that of RMSNorm."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        self.num_groups, self.eps = config.norm_num_groups, config.norm_eps
-        self.weight, self.bias = _zeros(config.model_dim), _zeros(config.model_dim)
-
-    def forward(
-        self, x: Tensor, state: TimestepNormState | None, layout: Layout
-    ) -> tuple[Tensor, TimestepNormState]:
-        return timestep_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.num_groups,
-            self.eps,
-            state,
-            layout.segments,
-            compute_dtype(x),
-        )
-
-
-class MegalodonRMSNorm(Float32Module):
-    """x / rms(x) * (weight + 1), in the dtype that the next linear layer computes in."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = _zeros(config.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, compute_dtype(x))
-
-
-class MegalodonLayerNorm(Float32Module):
-    """Layer normalisation whose weight is stored minus one; its dtype is that of RMSNorm."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight, self.bias = _zeros(config.model_dim), _zeros(config.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = F.layer_norm(wide, self.weight.shape, self.weight + 1, self.bias, self.eps)
-        return y.to(compute_dtype(x))
-
-
-class _KeptForSteps:
-    """Step coefficients, and the parameters as they were; these are held, so that no other tensor
-    can come to lie at the place of one."""
-
-    def __init__(self, parameters: list[nn.Parameter], c: CEMAStepCoefficients) -> None:
-        self.coefficients = c
-        self.parameters = [(p.detach(), p._version) for p in parameters]
-
-    def made_of(self, parameters: list[nn.Parameter]) -> bool:
-        return all(
-            now.data_ptr() == then.data_ptr() and now._version == version
-            for now, (then, version) in zip(parameters, self.parameters, strict=True)
-        )
-
-
-class MegalodonCEMA(Float32Module):
-    """See :func:`megalodon.ops.cema.cema`; gamma holds real and imaginary part in its last axis."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        dim, order = config.model_dim, config.cema_ndim
-        self.alpha, self.delta = _zeros(dim, order), _zeros(dim, order)
-        self.theta, self.omega = _zeros(dim), _zeros(dim)
-        self.gamma = _zeros(dim, order, 2)
-        self._kept: _KeptForSteps | None = None
-
-    def forward(
-        self, x: Tensor, state: Tensor | None, layout: Layout
-    ) -> tuple[Tensor, Tensor | None]:
-        one_more = x.shape[1] == 1 and state is not None and layout.segments is None
-        if one_more and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            assert state is not None
-            return cema_step(x, self._step_coefficients(), state)
-        if self._kept is not None:
-            self._kept = None
-        return cema(
-            x, self._coefficients(), state, layout.segments, return_state=layout.return_state
-        )
-
-    def _coefficients(self) -> CEMACoefficients:
-        return cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)
-
-    def _step_coefficients(self) -> CEMAStepCoefficients:
-        """What a step multiplies with, kept from step to step, for it takes longer to compute
-        than the step does. It is computed anew where a parameter is another one or has changed in
-        place; a write to its `.data`, of which there is no trace, counts from the first forward
-        pass on that is no further step."""
-        parameters = [self.alpha, self.delta, self.theta, self.gamma, self.omega]
-        if any(p.is_inference() for p in parameters):  # these do not count their changes
-            return cema_step_coefficients(self._coefficients())
-        kept = self._kept
-        if kept is None or not kept.made_of(parameters):
-            coefficients = cema_step_coefficients(self._coefficients())
-            kept = self._kept = _KeptForSteps(parameters, coefficients)
-        return kept.coefficients
-
-    def reset_parameters(self) -> None:
-        """Initialise as the paper's code does; safe on already loaded parameters."""
-        dim = self.alpha.shape[0]
-        init.normal_(self.alpha, std=0.2)
-        init.normal_(self.delta, std=0.2)
-        k = torch.arange(1, dim + 1, dtype=torch.float64, device=self.theta.device)
-        frequency = torch.exp(-k * (math.log(dim) / dim))
-        order = torch.randperm(dim, device=self.theta.device)
-        init.copy_(self.theta, torch.logit(frequency[order], eps=1e-6).to(self.theta.dtype))
-        gamma = torch.zeros_like(self.gamma)
-        gamma[..., 0].normal_()
-        init.copy_(self.gamma, gamma)
-        init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
-
-
-class MegalodonQueryKey(Float32Module):
-    """Queries and keys from one shared representation: per-head RMS norm, two affine maps, RoPE."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        self.num_heads, self.eps = config.num_heads, config.norm_eps
-        self.gamma, self.beta = _zeros(2, config.z_dim), _zeros(2, config.z_dim)
-
-    def forward(self, z: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, L, Z) -> q, k (B, L, H, Z/H) in the dtype of z."""
-        heads = z.view(*z.shape[:2], 1, self.num_heads, -1)  # (B, L, 1, H, Z/H)
-        wide = torch.promote_types(z.dtype, torch.float32)
-        normed = rms_norm(heads, None, self.eps, wide)
-        scale = ((self.gamma + 1) * heads.shape[-1] ** -0.5).view(2, self.num_heads, -1)
-        both = torch.addcmul(self.beta.view_as(scale), normed, scale)
-        q, k = apply_rotary(both, rotary.unsqueeze(-3)).to(z.dtype).unbind(2)
-        return q, k
-
-
-class MegalodonFFN(nn.Module):
-    """W_2 (silu(W_1 u) * W_3 u), or W_2 silu(W_1 u); scaled by alpha if `rescale_nffn`."""
-
-    def __init__(self, config: MegalodonConfig, layer_idx: int) -> None:
-        super().__init__()
-        dim, hidden, bias = config.model_dim, config.ffn_hidden_dim, config.output_ffn_bias
-        self.layer_idx, self.dropout = layer_idx, config.hidden_dropout
-        self.w1 = nn.Linear(dim, hidden, bias=bias)
-        self.w2 = nn.Linear(hidden, dim, bias=bias)
-        self.w3 = nn.Linear(dim, hidden, bias=bias) if config.swiglu else None
-        self.alpha = nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.w1(x)) if self.w3 is None else swiglu(self.w1(x), self.w3(x))
-        y = self.w2(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
-        return y if self.alpha is None else y * self.alpha
+from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table
+from .ops.elementwise import swiglu
 
 
 class MegalodonBlock(GradientCheckpointingLayer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.layout import Layout
-from megalodon.modeling_megalodon import MegalodonLayerNorm
+from megalodon.modules import MegalodonLayerNorm
 from megalodon.ops.timestep_norm import TimestepNormState, initial_state
 
 

@@ -163,7 +163,7 @@ def _parts(task: Task, config: ExperimentConfig, model: PreTrainedModel) -> dict
 
     By turns, so that they meet the same machine.
     """
-    from megalodon.modeling_megalodon import MegalodonCEMA
+    from megalodon.modules import MegalodonCEMA
     from megalodon.ops.cema import cema, cema_coefficients, cema_reference
 
     device = next(model.parameters()).device

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalodon import MegalodonCache, MegalodonForCausalLM, modeling_megalodon
+from megalodon import MegalodonCache, MegalodonForCausalLM, modules
 from megalodon.ops.cema import cema_reference
 from megalodon.ops.timestep_norm import timestep_norm_reference
 
@@ -216,14 +216,14 @@ def test_generation_goes_on_past_a_million_tokens(
 def literal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model's norms and averages run as they are defined, step after step."""
     monkeypatch.setattr(
-        modeling_megalodon,
+        modules,
         "timestep_norm",
         lambda x, weight, bias, groups, eps, state, segments, dtype: timestep_norm_reference(
             x, weight, bias, groups, eps, state
         ),
     )
     monkeypatch.setattr(
-        modeling_megalodon,
+        modules,
         "cema",
         lambda x, c, state, segments, return_state: cema_reference(x, c, state),
     )
