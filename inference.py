@@ -1,11 +1,14 @@
-"""Continue a text: python inference.py runs/X/final.pt --prompt "Once upon a time" """
+"""Continue a text: python inference.py runs/X/final.pt [--prompt "Once upon a time"]"""
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import os
+import stat
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +17,32 @@ from megalodon_enwik8.errors import UserError, run_main
 
 MAX_PROMPT_BYTES = 1 << 26
 
+# A fact stands early, and chunks of 256 bytes lie between it and what is written: a model that
+# uses what it read before its current chunk can take it up again.
+DEFAULT_PROMPT = (
+    b"Notes from the survey of Port Elsinra, in the order in which they were made. Remember this: "
+    b"the code of the north gate is KOBALT-7316, and the boat leaves at six. The market sells "
+    b"dried figs, lamp oil and maps of the delta. Two cranes stand idle beside the old customs "
+    b"house, and a tram runs along the quay every hour. The keeper asked for the code of the north "
+    b"gate, which is "
+)
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="final.pt, best.pt or a checkpoint_*.pt of a run folder")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="the text to continue; by default stdin is read")
+    source.add_argument(
+        "--prompt", help="the text to continue; by default what is piped in, else a text of its own"
+    )
     source.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
+    source.add_argument("--prompt-gzip", metavar="FILE", help="a gzipped file; its first bytes")
+    parser.add_argument(
+        "--prompt-len",
+        type=whole_number(1),
+        metavar="N",
+        help="how many bytes of --prompt-gzip (384)",
+    )
     parser.add_argument(
         "--max-length",
         type=whole_number(1),
@@ -48,23 +70,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=whole_number(0), default=7, metavar="N", help="(%(default)s)"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.prompt_len is not None and options.prompt_gzip is None:
+        parser.error("--prompt-len says how much of --prompt-gzip is read: give both")
+    return options
 
 
 def read_prompt(options: argparse.Namespace) -> bytes:
-    """The prompt's bytes, from the option, the file or stdin; a UserError if there are none."""
+    """The prompt's bytes, from an option, a file, stdin or DEFAULT_PROMPT; a UserError if the
+    place holds none."""
     if options.prompt is not None:
         prompt, source = os.fsencode(options.prompt), "--prompt"
-    elif options.prompt_file is not None:
-        source = options.prompt_file
+    elif options.prompt_file is not None or options.prompt_gzip is not None:
+        zipped = options.prompt_gzip is not None
+        source = options.prompt_gzip if zipped else options.prompt_file
+        count = (options.prompt_len or 384) if zipped else MAX_PROMPT_BYTES + 1
         try:
-            with open(source, "rb") as file:
-                prompt = file.read(MAX_PROMPT_BYTES + 1)
-        except (OSError, ValueError) as error:
+            with (gzip.open if zipped else open)(source, "rb") as file:
+                prompt = file.read(count)
+        except (OSError, ValueError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--prompt-file {source}: cannot be read: {reason}") from None
-    elif sys.stdin is None or sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt, --prompt-file, or a text on stdin")
+            name = "--prompt-gzip" if zipped else "--prompt-file"
+            raise UserError(f"{name} {source}: cannot be read: {reason}") from None
+    elif not _is_piped_in():
+        return DEFAULT_PROMPT
     else:
         prompt, source = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "stdin"
     if not prompt:
@@ -72,6 +101,14 @@ def read_prompt(options: argparse.Namespace) -> bytes:
     if len(prompt) > MAX_PROMPT_BYTES:
         raise UserError(f"the prompt from {source} is longer than {MAX_PROMPT_BYTES} bytes")
     return prompt
+
+
+def _is_piped_in() -> bool:
+    """Whether stdin is a pipe or a file, and not a terminal, /dev/null or closed."""
+    try:
+        return not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

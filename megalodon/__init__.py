@@ -4,10 +4,16 @@
 AutoModelForCausalLM, AutoTokenizer and pipelines.
 """
 
+# ruff: noqa: E402
+from .versions import warn_of_untested_versions
+
+warn_of_untested_versions()  # before imports that another version may not have
+# isort: split
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache import MegalodonCache
+from .compat import make_known_as_causal_lm
 from .configuration_megalodon import MegalodonConfig
 from .modeling_megalodon import MegalodonForCausalLM, MegalodonModel
 from .tokenization_megalodon import MegalodonTokenizer
@@ -16,9 +22,7 @@ AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
 AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
 AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM, exist_ok=True)
 AutoTokenizer.register(MegalodonConfig, MegalodonTokenizer, exist_ok=True)
-# By this list of names the text-generation pipeline knows what it supports, and Trainer whose
-# labels are shifted when it smooths them; register() does not reach it.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megalodon"] = "MegalodonForCausalLM"
+make_known_as_causal_lm("megalodon", "MegalodonForCausalLM")
 
 __all__ = [
     "MegalodonCache",

@@ -40,7 +40,7 @@ def _tensors(state: Any) -> list[Tensor]:
 class MegalodonCache(Cache):
     """Per-layer states, and how much text each row has behind it.
 
-    Pass the cache of one call as ``past_key_values`` of the next, with the tokens that follow.
+    Pass the cache of one call as ``cache`` of the next, with the tokens that follow.
     The model fills the same object.
 
     Args:
@@ -76,12 +76,12 @@ class MegalodonCache(Cache):
         for key, value in wanted.items():
             if self.signature[key] != value:
                 raise ValueError(
-                    f"past_key_values comes from another model: its {key} is "
+                    f"the cache comes from another model: its {key} is "
                     f"{self.signature[key]}, this model's is {value}; start with a new cache"
                 )
         if self.lengths is not None and self.batch_size != batch_size:
             raise ValueError(
-                f"past_key_values holds {self.batch_size} rows and the input has {batch_size}; "
+                f"the cache holds {self.batch_size} rows and the input has {batch_size}; "
                 "pass as many rows as the cache holds, or start with a new cache"
             )
 
@@ -276,6 +276,10 @@ class MegalodonCache(Cache):
     @property
     def is_croppable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # it counts positions, by which `generate` knows what of a text is new
 
     @property
     def is_initialized(self) -> bool:

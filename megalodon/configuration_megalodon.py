@@ -42,7 +42,7 @@ class MegalodonConfig(PreTrainedConfig):
     """
 
     model_type = "megalodon"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_layers",

@@ -19,6 +19,7 @@ class Layout:
     offset: tokens of the current chunk that the cache holds; (B,) where one token is decoded.
     segments: padding and document borders, ``None`` for plain text.
     return_state: whether the states after the last token are wanted.
+    fused: whether attention runs by PyTorch's fused operation.
     truncated: whether they are cut off from the graph that makes them.
     """
 
@@ -26,7 +27,8 @@ class Layout:
     offset: int | Tensor
     segments: Segments | None
     return_state: bool
-    truncated: bool = False
+    fused: bool
+    truncated: bool
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device. accelerate calls it for each block, so that the blocks of
@@ -58,6 +60,7 @@ def read_layout(
     chunk_size: int,
     *,
     return_state: bool,
+    fused: bool,
 ) -> Layout:
     """The layout of x (B, L, D). Raises ValueError for shapes that do not fit."""
     batch, length = x.shape[:2]
@@ -70,7 +73,7 @@ def read_layout(
     truncated = cache is not None and cache.truncated
 
     def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
-        return Layout(rotary, offset, segments, return_state, truncated)
+        return Layout(rotary, offset, segments, return_state, fused, truncated)
 
     if mask is None and border is None:
         if length == 1 and lengths is not None and uniform is None and return_state:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .cache import LayerState, MegalodonCache, map_state
+from .compat import CACHE_NAME, CausalLMOutput, ModelOutput, one_cache
 from .configuration_megalodon import MegalodonConfig
 from .generation import MegalodonGenerationMixin
 from .layout import Layout, mask_labels, read_layout
@@ -91,7 +91,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
             offset=layout.offset,
             segments=layout.segments,
             dropout=config.attention_dropout if self.training else 0.0,
-            fused=config._attn_implementation != "eager",
+            fused=layout.fused,
             return_state=layout.return_state,
         )
         return a.flatten(-2), state
@@ -112,7 +112,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     config: MegalodonConfig
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "timestep_norm",
         "cema",
@@ -166,25 +166,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         std = 1.0 / math.sqrt(self.config.model_dim)
         init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
-    def to(  # type: ignore[override]
-        self, *args: Any, **kwargs: Any
-    ) -> "MegalodonPreTrainedModel":
-        _refuse_float16(torch._C._nn._parse_to(*args, **kwargs)[1])
-        return super().to(*args, **kwargs)
-
-    def half(self) -> "MegalodonPreTrainedModel":
-        return self.to(torch.float16)
-
-    def _check_and_adjust_attn_implementation(
-        self, attn_implementation: str | None, *args: Any, **kwargs: Any
-    ) -> str:
-        if attn_implementation not in (None, "sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r}: the attention inside the chunks of "
-                "a Megalodon runs with 'sdpa', the default, or 'eager'"
-            )
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
@@ -214,14 +195,15 @@ class MegalodonModel(MegalodonPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MegalodonCache | None = None,
+        cache: MegalodonCache | None = None,
         inputs_embeds: Tensor | None = None,
         segment_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPast | tuple:
+        past_key_values: MegalodonCache | None = None,
+    ) -> ModelOutput | tuple:
         """Hidden states of a piece of text.
 
         Args:
@@ -231,7 +213,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             position_ids: (B, L); where they do not count on by one, a new document begins.
                 Their absolute value has no other meaning: Megalodon's only positions are those
                 inside a chunk.
-            past_key_values: the state after the text before, which is then brought up to date.
+            cache: the state after the text before, which is then brought up to date.
             segment_ids: (B, L) document numbers; where they change, a new document begins. With a
                 cache that holds text, pass position_ids.
             use_cache: whether to return the state. Default: the config's `use_cache` when
@@ -240,6 +222,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 final hidden states. Default: the config's.
             output_attentions: refused, for attention maps are never whole.
             return_dict: whether to return an object, not a tuple. Default: the config's.
+            past_key_values: the old name of `cache`.
 
         Raises:
             ValueError: for a cache of another model or batch size, a mask or positions of the
@@ -252,18 +235,24 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 "output_attentions=True: a Megalodon attends chunk by chunk and returns no "
                 "attention maps; output_hidden_states is served"
             )
+        implementation = self.config._attn_implementation  # no public name says what was chosen
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={implementation!r}: the attention inside the chunks of a "
+                "Megalodon runs with 'sdpa', the default, or 'eager'"
+            )
         x = self._embed(input_ids, inputs_embeds)
-        if past_key_values is not None:
-            if not isinstance(past_key_values, MegalodonCache):
+        cache = one_cache(cache, past_key_values)
+        if cache is not None:
+            if not isinstance(cache, MegalodonCache):
                 raise ValueError(
-                    f"past_key_values is a {type(past_key_values).__name__}; Megalodon keeps its "
-                    "state in a MegalodonCache"
+                    f"the cache is a {type(cache).__name__}; Megalodon keeps its state in a "
+                    "MegalodonCache"
                 )
-            past_key_values.check(self.config, x.shape[0])
-            past_key_values.leave_inference_mode()
+            cache.check(self.config, x.shape[0])
+            cache.leave_inference_mode()
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = past_key_values
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
         if use_cache and cache is None:
             cache = MegalodonCache(self.config)
         layout = read_layout(
@@ -275,6 +264,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             self._rotary(x.device),
             self.config.chunk_size,
             return_state=bool(use_cache),
+            fused=implementation == "sdpa",
         )
         continued = cache is not None and cache.final_norm is not None
         hidden_states: list[Tensor] = []
@@ -292,10 +282,11 @@ class MegalodonModel(MegalodonPreTrainedModel):
             cache.advance(states, norm_state, x.shape[1], layout.segments is None)
         if output_hidden_states:
             hidden_states.append(x)
-        output = BaseModelOutputWithPast(
+        named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        output = ModelOutput(
             last_hidden_state=x,
-            past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            **named,
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
@@ -359,7 +350,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MegalodonCache | None = None,
+        cache: MegalodonCache | None = None,
         inputs_embeds: Tensor | None = None,
         segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
@@ -370,7 +361,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
-    ) -> CausalLMOutputWithPast | tuple:
+        past_key_values: MegalodonCache | None = None,
+    ) -> CausalLMOutput | tuple:
         """Next-token logits, and the loss where labels are given.
 
         Args:
@@ -388,7 +380,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             segment_ids=segment_ids,
             use_cache=use_cache,
@@ -417,11 +409,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 ignore_index=ignore_index,
             )
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+        named: dict[str, Any] = {CACHE_NAME: outputs.cache}
+        output = CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
 

@@ -65,7 +65,7 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         ids = to_py_obj(token_ids)
         ids = [ids] if isinstance(ids, int) else ids
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        if not skipped and not self._added_tokens_decoder:
+        if not skipped and len(self) == NUM_BYTES:
             if ids and not 0 <= min(ids) <= max(ids) < NUM_BYTES:
                 self._refuse_id(next(i for i in ids if not 0 <= i < NUM_BYTES))
             return bytes(ids)
@@ -74,9 +74,9 @@ class MegalodonTokenizer(PreTrainedTokenizer):
     def _id_to_bytes(self, index: int) -> bytes:
         if 0 <= index < NUM_BYTES:
             return bytes([index])
-        if index not in self._added_tokens_decoder:
+        if index not in self.added_tokens_decoder:
             self._refuse_id(index)
-        return self._added_tokens_decoder[index].content.encode()
+        return self.added_tokens_decoder[index].content.encode()
 
     def _refuse_id(self, index: int) -> None:
         raise ValueError(
@@ -84,30 +84,28 @@ class MegalodonTokenizer(PreTrainedTokenizer):
             f"{len(self) - NUM_BYTES} added tokens"
         )
 
-    def _encode_plus(  # type: ignore[override]
-        self, text: Any, text_pair: Any = None, **kwargs: Any
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
+        **kwargs: Any,
     ) -> BatchEncoding:
-        # Where no added token can occur, a text is its bytes, without a list of names between.
-        split = kwargs.get("split_special_tokens", self.split_special_tokens)
-        plain = (split or not self._added_tokens_encoder) and not (
-            kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")
+        """transformers' own, which takes ``bytes`` wherever it takes ``str``."""
+        if kwargs.get("padding", False) not in (False, None, "do_not_pad"):
+            self._check_pad_token()
+        texts = (text, text_pair, text_target, text_pair_target)
+        return super().__call__(*(self._as_ids(each, kwargs) for each in texts), **kwargs)
+
+    def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
+        """transformers' own, which takes ``bytes`` wherever it takes ``str``."""
+        return super().encode(
+            self._as_ids(text, kwargs), text_pair=self._as_ids(text_pair, kwargs), **kwargs
         )
 
-        def convert(item: Any) -> Any:
-            if isinstance(item, (bytes, bytearray, memoryview)):
-                return list(bytes(item)) or ""
-            if plain and isinstance(item, str):
-                return list(_to_bytes(item)) or ""
-            if isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
-                return type(item)(convert(part) for part in item)
-            return item
-
-        return super()._encode_plus(convert(text), text_pair=convert(text_pair), **kwargs)
-
-    def _get_padding_truncation_strategies(  # type: ignore[override]
-        self, padding: Any = False, **kwargs: Any
-    ) -> Any:
-        if padding not in (False, None, "do_not_pad") and self.pad_token_id is None:
+    def _check_pad_token(self) -> None:
+        if self.pad_token_id is None:
             raise ValueError(
                 "padding needs a pad token, and bytes leave none over. Any byte will do where the "
                 "model gets the attention_mask: tokenizer.pad_token_id = 0, or "
@@ -115,7 +113,20 @@ class MegalodonTokenizer(PreTrainedTokenizer):
                 "tokenizer.add_special_tokens({'pad_token': '<pad>'}) and "
                 "model.resize_token_embeddings(len(tokenizer))"
             )
-        return super()._get_padding_truncation_strategies(padding=padding, **kwargs)
+
+    def _as_ids(self, item: Any, options: dict[str, Any]) -> Any:
+        """Bytes as their ids, and texts too where no added token can occur: without a list of
+        names between."""
+        if isinstance(item, (bytes, bytearray, memoryview)):
+            return list(bytes(item)) or ""
+        if isinstance(item, str):
+            split = options.get("split_special_tokens", self.split_special_tokens)
+            others = options.get("is_split_into_words") or options.get("sanitize_control_tokens")
+            plain = (split or not self.added_tokens_encoder) and not others
+            return list(_to_bytes(item)) or "" if plain else item
+        if isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
+            return type(item)(self._as_ids(part, options) for part in item)
+        return item
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [self._byte_tokens[byte] for byte in _to_bytes(text)]
@@ -135,17 +146,19 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         )
         return data.decode(errors=self.errors)
 
-    def _decode(
+    def decode(  # type: ignore[override]
         self,
-        token_ids: int | list[int],
+        token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         errors: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        if kwargs:
-            raise TypeError(f"decode does not take {', '.join(sorted(kwargs))}")
-        data = self.decode_bytes(token_ids, skip_special_tokens)
+    ) -> str | list[str]:
+        """The text of one sequence of ids, or those of several; errors as in ``bytes.decode``."""
+        ids = to_py_obj(token_ids)
+        options = (skip_special_tokens, clean_up_tokenization_spaces, errors)
+        if isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], (list, tuple)):
+            return [str(self.decode(sequence, *options)) for sequence in ids]
+        data = self.decode_bytes(ids, skip_special_tokens)
         text = data.decode(errors=self.errors if errors is None else errors)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces

@@ -22,7 +22,7 @@ from megalodon_enwik8.errors import UserError, explain_os_error
 from megalodon_enwik8.files import atomic_write
 
 FORMAT = "megalodon-enwik8 checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(f"{path}: damaged: {name} is missing or of the wrong kind")
     if isinstance(values["step"], bool) or values["step"] < 0:
         raise UserError(f"{path}: damaged: step is {values['step']}")
+    config = values["config"]
+    scale = config.get("ffn_dim_multiplier")
+    if version == 1 and config.get("model") == "llama" and isinstance(scale, (float, type(None))):
+        # There it scaled a width of 2.67 dim.
+        config["ffn_dim_multiplier"] = 2.67 * (1.0 if scale is None else scale)
     return Checkpoint(**values)
 
 

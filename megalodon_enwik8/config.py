@@ -30,6 +30,10 @@ def _numeric_string(value: object) -> object:
     return value
 
 
+def _null_is(meaning: float) -> BeforeValidator:
+    return BeforeValidator(lambda value: meaning if value is None else value)
+
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
@@ -65,7 +69,7 @@ class ExperimentConfig(BaseModel):
 
     # Both models
     num_tokens: Annotated[int, Field(ge=256, le=2**20)] = 256  # vocabulary
-    rope_base: Annotated[Real, Field(gt=1)] = 10_000.0
+    rope_base: Annotated[Real, Field(gt=1), _null_is(10_000.0)] = 10_000.0
     attention_dropout: Probability = 0.0
 
     # Megalodon: the symbols of the paper stand behind the keys
@@ -94,6 +98,7 @@ class ExperimentConfig(BaseModel):
     heads: Width = _llama(6)
     dim_head: Width = _llama(64)
     tied_embedding: bool = _llama(True)
+    # The FFN's width: this times dim, or int(8 dim / 3), rounded up to a multiple of 256
     ffn_dim_multiplier: Annotated[Real, Field(gt=0, le=1000)] | None = _llama(None)
     flash_attn: bool = _llama(True)  # PyTorch's fused attention; false: the written-out one
     llama_init: Literal["transformers", "pytorch"] = _llama("transformers")
@@ -112,10 +117,11 @@ class ExperimentConfig(BaseModel):
     learning_rate: Annotated[Real, Field(gt=0)] = 4e-4  # its highest, where it changes
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: to zero at the end
     warmup_steps: Interval = 0  # steps in which the learning rate rises linearly
-    weight_decay: Annotated[Real, Field(ge=0)] = 2e-4
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     grad_clip_norm: Annotated[Real, Field(gt=0)] = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient of nan or inf does
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 7
+    # null, or -1: one is drawn, said and stored
+    seed: Annotated[int, Field(ge=-1, le=2**63 - 1), _null_is(-1)] = 7
 
     # Execution
     use_autocast: bool = True  # bfloat16

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from megalodon.compat import CACHE_NAME
 from megalodon_enwik8.config import ExperimentConfig, make_config
 from megalodon_enwik8.description import device_name
 from megalodon_enwik8.errors import run_main
@@ -60,7 +61,7 @@ class Task:
     gradient_checkpointing: bool
 
     def config(self) -> ExperimentConfig:
-        """The shipped widths, which are the schema's defaults, with other depth and lengths."""
+        """The widths of the comparison, with other depth and lengths."""
         values: dict[str, Any] = {
             "run_dir": "unused",
             "model": self.model,
@@ -74,7 +75,7 @@ class Task:
         if self.model == "megalodon":
             values |= {"num_layers": self.layers, "chunk_size": self.chunk_size}
         else:
-            values |= {"depth": self.layers}
+            values |= {"depth": self.layers, "ffn_dim_multiplier": 2.67}
         return make_config(values, "the benchmark")
 
 
@@ -124,8 +125,8 @@ def _decode(task: Task, config: ExperimentConfig, model: PreTrainedModel) -> dic
         cache = new_state(model) if keeps_a_state(model) else None
         size = PREFILL_SEGMENT if keeps_a_state(model) else task.context
         for piece in prompt.split(size, dim=1):
-            output = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            output = model(piece, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+            cache = output[CACHE_NAME]
 
     times = _repeat(prefill, task, device)
     token = prompt[:, -1:]
@@ -137,7 +138,7 @@ def _decode(task: Task, config: ExperimentConfig, model: PreTrainedModel) -> dic
             layer.compile()
     for _ in range(warm_up + task.new_tokens):
         began = time.perf_counter()
-        output = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
         token = output.logits[:, -1:].argmax(-1)
         token.cpu()  # waits for the device
         steps.append(time.perf_counter() - began)

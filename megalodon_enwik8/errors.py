@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -47,8 +48,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     UserError, and a full disk or missing permission that escapes, end in `error: <one line>`
     on stderr and exit code 2. Ctrl-C exits with 130, and a closed pipe (`... | head`) with
     141, both quietly, as the shell reports a program that died of SIGINT and SIGPIPE.
-    Any other exception is a defect of the program and keeps its traceback.
+    Any other exception is a defect of the program and keeps its traceback. A warning is one line.
     """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = main() or 0
         sys.stdout.flush()

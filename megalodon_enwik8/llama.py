@@ -9,13 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalodon_enwik8.config import ExperimentConfig
 
-FFN_RATIO = 2.67
 FFN_MULTIPLE = 256
 
 
 def ffn_width(dim: int, multiplier: float | None) -> int:
-    """2.67 * dim, scaled by the multiplier, rounded up to a multiple of 256 (384 gives 1280)."""
-    return FFN_MULTIPLE * math.ceil(int(FFN_RATIO * dim * (multiplier or 1.0)) / FFN_MULTIPLE)
+    """multiplier * dim, or 8/3 of dim, rounded up to a multiple of 256 (2.67 of 384 gives 1280)."""
+    width = int(8 * dim / 3) if multiplier is None else int(multiplier * dim)
+    return FFN_MULTIPLE * math.ceil(width / FFN_MULTIPLE)
 
 
 def build_llama(config: ExperimentConfig) -> LlamaForCausalLM:

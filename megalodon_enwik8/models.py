@@ -6,20 +6,19 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from megalodon import MegalodonCache, MegalodonConfig
 from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.llama import build_llama
 from megalodon_enwik8.loss import cross_entropy
-
-if TYPE_CHECKING:
-    from megalodon import MegalodonCache, MegalodonConfig
+from megalodon_enwik8.megalodon import build_megalodon
 
 # Compiling one block takes about half a minute on two CPU cores and then saves about a quarter of
 # each step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
@@ -32,9 +31,6 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
     if config.model == "llama":
         model: PreTrainedModel = build_llama(config)
     else:
-        # Imported here so that the Llama runs without loading the Megalodon library.
-        from megalodon_enwik8.megalodon import build_megalodon
-
         model = build_megalodon(config)
     if config.gradient_checkpointing:
         # Early releases of transformers 5 know it by its old name alone.
@@ -83,9 +79,7 @@ def new_state(model: PreTrainedModel, *, truncated: bool = False) -> MegalodonCa
             f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
             "grows with every byte; give it windows of the text"
         )
-    from megalodon import MegalodonCache
-
-    return MegalodonCache(cast("MegalodonConfig", model.config), truncated=truncated)
+    return MegalodonCache(cast(MegalodonConfig, model.config), truncated=truncated)
 
 
 def keeps_a_state(model: PreTrainedModel) -> bool:
@@ -107,7 +101,7 @@ def byte_losses(
     model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None = None
 ) -> torch.Tensor:
     """As :func:`summed_loss`, of each byte: float32 (B, L)."""
-    carried = {} if state is None else {"past_key_values": state}
+    carried = {} if state is None else {"cache": state}
     output = model(input_ids=rows[:, :-1], use_cache=state is not None, **carried)
     losses = cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
     return losses.view(rows.shape[0], -1)

@@ -23,9 +23,11 @@ _FILES = ("config.yaml", "environment.json", "metrics.jsonl")  # of a run folder
 NAMES = {"megalodon": "Megalodon", "llama": "Llama"}
 
 PROTOCOL: Mapping[str, Any] = {
-    name: field.default for name, field in ExperimentConfig.model_fields.items()
+    **{name: field.default for name, field in ExperimentConfig.model_fields.items()},
+    "ffn_dim_multiplier": 2.67,
+    "weight_decay": 2e-4,
 }
-"""The protocol's settings: those of both models are the schema's defaults."""
+"""The protocol's settings: the schema's defaults, but for these."""
 
 # Compared between the runs of a table, or without influence on the figures.
 _NEUTRAL_KEYS = FREE_ON_RESUME | {"model", "seed", "seq_len", "val_batches", "on_nonfinite"}

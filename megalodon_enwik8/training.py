@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import shlex
 import sys
 import time
@@ -83,6 +84,10 @@ def train(
     )
     with open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here) as folder:
         found = folder.find_checkpoint(resume) if resume is not None else None
+        if config.seed < 0:
+            seed = secrets.randbelow(2**31) if found is None else found[0].experiment(found[1]).seed
+            config = config.model_copy(update={"seed": seed})
+            print(f"seed={seed}: drawn, since the config leaves it open", flush=True)
         if found is not None:
             _check_resumable(*found, config)
         corpus = load_corpus(config.data_path, config.data_bytes)

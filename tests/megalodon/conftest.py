@@ -7,6 +7,12 @@ from collections.abc import Iterator
 import pytest
 from transformers.utils import logging as transformers_logging
 
+# What the pipeline of earlier versions (5.17 is one) warns of in its own call of generate.
+OF_THEIR_PIPELINE = (
+    "Passing `generation_config` together with generation-related arguments",
+    "Both `max_new_tokens` (",
+)
+
 
 class _Collector(logging.Handler):
     def __init__(self) -> None:
@@ -14,7 +20,9 @@ class _Collector(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        message = record.getMessage()
+        if not message.startswith(OF_THEIR_PIPELINE):
+            self.messages.append(message)
 
 
 @pytest.fixture

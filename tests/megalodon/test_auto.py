@@ -270,14 +270,19 @@ class TestAttentionImplementation:
         ]
         torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize(
-        "name", ["nonsense", "flash_attention_2", "flex_attention", "paged|eager"]
-    )
-    def test_any_other_is_refused(self, folder: Path, name: str) -> None:
-        with pytest.raises(ValueError, match=r"'sdpa', the default, or 'eager'"):
+    @pytest.mark.parametrize("name", ["nonsense", "flash_attention_2", "flex_attention"])
+    def test_what_no_model_of_its_kind_has_is_refused_at_once(
+        self, folder: Path, name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=r"(?i)attn_implementation|flash attention"):
             AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
-        with pytest.raises(ValueError, match=r"'sdpa', the default, or 'eager'"):
+        with pytest.raises(ValueError, match=r"(?i)attn_implementation|flash attention"):
             tiny_model().set_attn_implementation(name)
+
+    def test_what_transformers_lets_pass_is_refused_at_the_first_call(self, folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="paged|eager")
+        with pytest.raises(ValueError, match=r"'sdpa', the default, or 'eager'"):
+            model(IDS)
 
 
 def test_embeddings_of_the_wrong_shape_are_refused() -> None:

@@ -16,7 +16,7 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
     caches = [MegalodonCache(model.config) for model in (eager, compiled)]
     for token in text.split(1, dim=1):
         expected, found = (
-            model(token, past_key_values=cache).logits
+            model(token, cache=cache).logits
             for model, cache in zip((eager, compiled), caches, strict=True)
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -32,7 +32,7 @@ def stream(
     """The logits of the last 16 tokens, which the last piece holds, and the state after them."""
     cache = MegalodonCache(model.config)
     for piece in text.split(pieces, dim=1):
-        logits = model(piece, past_key_values=cache, logits_to_keep=16).logits
+        logits = model(piece, cache=cache, logits_to_keep=16).logits
     return logits, cache
 
 
@@ -77,7 +77,7 @@ def test_a_state_split_into_rows_and_put_together_is_the_same() -> None:
     assert [part.batch_size for part in halfway] == [2, 2, 1]
     for part, rows in zip(halfway, text[:, 20:].split(2), strict=True):
         with torch.no_grad():
-            model(rows, past_key_values=part)
+            model(rows, cache=part)
     together = MegalodonCache.concatenate(halfway)
     assert (together.positions, together.uniform_length) == (50, 50)
     loaded = MegalodonCache(model.config).load_state_dict(together.state_dict())
@@ -96,7 +96,7 @@ def test_a_state_dict_is_a_copy_that_serves_again_and_again() -> None:
     for _ in range(3):
         # One token at a time, which is written into the state, past the end of the chunk.
         for token in make_text(2 * model.config.chunk_size).split(1, dim=1):
-            logits = model(token, past_key_values=cache).logits
+            logits = model(token, cache=cache).logits
         results.append(logits)
         cache = MegalodonCache(model.config).load_state_dict(saved)
     assert torch.equal(results[1], results[0])
@@ -105,10 +105,10 @@ def test_a_state_dict_is_a_copy_that_serves_again_and_again() -> None:
 
 def test_a_truncated_state_is_loaded_cut_off() -> None:
     model = tiny_model()
-    attached = model(make_text(20), use_cache=True).past_key_values
+    attached = model(make_text(20), use_cache=True).cache
     cache = MegalodonCache(model.config, truncated=True).load_state_dict(attached.state_dict())
     for _ in range(2):
-        model(make_text(5), past_key_values=cache).logits.sum().backward()
+        model(make_text(5), cache=cache).logits.sum().backward()
 
 
 def test_states_that_do_not_belong_together_are_refused() -> None:
@@ -127,11 +127,11 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="this state is of another model: "):
         cache.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"holds 2 rows and the input has 3; pass as many rows"):
-        model(make_text(4, rows=3), past_key_values=cache)
+        model(make_text(4, rows=3), cache=cache)
     # Rows at different places stay so.
     mask = torch.ones(2, 21)
     mask[0, :5] = 0
-    ragged = model(make_text(21, rows=2), attention_mask=mask, use_cache=True).past_key_values
+    ragged = model(make_text(21, rows=2), attention_mask=mask, use_cache=True).cache
     parts = ragged.split(1)
     assert MegalodonCache.concatenate(parts).lengths.tolist() == [16, 21]
     assert MegalodonCache.concatenate(parts).uniform_length is None
@@ -199,7 +199,7 @@ def test_generation_goes_on_past_a_million_tokens(
     output = model.generate(
         torch.tensor([[65, 66]]),
         attention_mask=torch.ones(1, MILLION + 2, dtype=torch.int64),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=2 * CHUNK,
         do_sample=False,
     )
@@ -207,7 +207,7 @@ def test_generation_goes_on_past_a_million_tokens(
     assert cache.positions == MILLION + 1 + 2 * CHUNK  # the last token is chosen, not read
     tokens, read = [65, 66], torch.tensor([[65, 66]])
     for _ in range(2 * CHUNK):
-        tokens.append(int(model(read, past_key_values=byhand).logits[0, -1].argmax()))
+        tokens.append(int(model(read, cache=byhand).logits[0, -1].argmax()))
         read = torch.tensor([tokens[-1:]])
     assert output[0].tolist() == tokens
     assert cache.nbytes == byhand.nbytes

@@ -47,8 +47,8 @@ def test_streaming_in_any_pieces_matches_whole(dtype: torch.dtype) -> None:
         cuts = torch.randperm(ids.shape[1] - 1, generator=generator)[:6].add(1).sort().values
         cache, logits = None, []
         for piece in ids.tensor_split(cuts.tolist(), dim=1):
-            output = model(piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(piece, cache=cache, use_cache=True)
+            cache = output.cache
             logits.append(output.logits)
         tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # logits of size 5, six layers' sums
         torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=tolerance)
@@ -61,7 +61,7 @@ def test_decoding_token_by_token_matches_whole_at_constant_size() -> None:
     whole = model(ids).logits
     cache, sizes = MegalodonCache(model.config), set()
     for t in range(ids.shape[1]):
-        logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+        logits = model(ids[:, t : t + 1], cache=cache).logits
         sizes.add(cache.nbytes)
         torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=0, atol=1e-10)
     assert len(sizes) == 1
@@ -86,7 +86,7 @@ def after_a_prompt() -> tuple[MegalodonForCausalLM, Tensor, MegalodonCache]:
     model = tiny_model()
     ids = torch.randint(0, 256, (1, CHUNK))
     cache = MegalodonCache(model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     return model, ids, cache
 
 
@@ -98,7 +98,7 @@ def test_decoding_goes_on_with_the_weights_as_they_are_now(change: str) -> None:
     model, ids, cache = after_a_prompt()
     cema = model.model.layers[0].cema
     with torch.no_grad():
-        model(ids[:, :1], past_key_values=cache)  # keeps
+        model(ids[:, :1], cache=cache)  # keeps
     if change == "in place":
         with torch.no_grad():
             cema.alpha += 1
@@ -112,8 +112,8 @@ def test_decoding_goes_on_with_the_weights_as_they_are_now(change: str) -> None:
         cema.alpha.data += 1
     with torch.no_grad():
         before = copy.deepcopy(cache)
-        found = model(ids[:, :1], past_key_values=cache).logits
-        right = copy.deepcopy(model)(ids[:, :1], past_key_values=before).logits
+        found = model(ids[:, :1], cache=cache).logits
+        right = copy.deepcopy(model)(ids[:, :1], cache=before).logits
     torch.testing.assert_close(found, right, rtol=0, atol=0)
 
 
@@ -122,14 +122,14 @@ def test_decoding_keeps_what_its_steps_multiply_with_until_something_else_runs()
     cema = model.model.layers[0].cema
     with torch.no_grad():
         assert cema._kept is None
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
         kept = cema._kept
         assert kept is not None
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
         assert cema._kept is kept
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         assert cema._kept is None
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
     model(ids)
     assert cema._kept is None
 
@@ -137,12 +137,12 @@ def test_decoding_keeps_what_its_steps_multiply_with_until_something_else_runs()
 def test_decoding_with_weights_made_in_inference_mode_sees_their_changes() -> None:
     with torch.inference_mode():
         model, ids, cache = after_a_prompt()
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
         before = copy.deepcopy(cache)
-        found = model(ids[:, :1], past_key_values=cache).logits
+        found = model(ids[:, :1], cache=cache).logits
         for layer in model.model.layers:
             layer.cema.alpha += 1
-        other = model(ids[:, :1], past_key_values=before).logits
+        other = model(ids[:, :1], cache=before).logits
     assert not torch.allclose(found, other)
 
 
@@ -154,7 +154,7 @@ def test_gradients_flow_through_the_cache() -> None:
         model.zero_grad()
         cache, logits = MegalodonCache(model.config), []
         for piece in ids.tensor_split(cuts, dim=1):
-            logits.append(model(piece, past_key_values=cache).logits)
+            logits.append(model(piece, cache=cache).logits)
         torch.cat(logits, dim=1).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for other in gradients[1:]:
@@ -164,7 +164,7 @@ def test_gradients_flow_through_the_cache() -> None:
 def test_detached_cache_stops_gradients() -> None:
     model = tiny_model()
     ids = torch.randint(0, 256, (1, CHUNK))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     assert cache.final_norm.mean.requires_grad
     cache.detach()
     assert not cache.final_norm.mean.requires_grad
@@ -185,7 +185,7 @@ def test_truncated_cache_is_made_detached_and_gives_the_gradients_of_a_detached_
         cache = MegalodonCache(model.config, truncated=truncated)
         for end in (CHUNK + 1, 2 * CHUNK + 3):
             piece = ids[:, cache.positions : end]
-            logits = model(piece, attention_mask=mask[:, :end], past_key_values=cache).logits
+            logits = model(piece, attention_mask=mask[:, :end], cache=cache).logits
             logits.square().sum().backward()
             if truncated:
                 states = [*cache.states[0].norm, *cache.states[0].attention, *cache.final_norm]
@@ -349,7 +349,7 @@ class TestBadInput:
     def test_float16_is_refused(self) -> None:
         ids = torch.zeros(1, 2, dtype=torch.long)
         with pytest.raises(ValueError, match="float16"):
-            tiny_model().half()
+            tiny_model().half()(ids)
         with pytest.raises(ValueError, match="float16"):
             tiny_model().to(torch.float16)(ids)
         with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
@@ -363,19 +363,19 @@ class TestBadInput:
     def test_cache_of_another_model(self) -> None:
         cache = MegalodonCache(tiny_config(num_layers=1))
         with pytest.raises(ValueError, match=r"another model: its num_layers is 1"):
-            tiny_model()(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+            tiny_model()(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
     def test_cache_of_another_kind(self) -> None:
         from transformers import DynamicCache
 
         with pytest.raises(ValueError, match="DynamicCache"):
-            tiny_model()(torch.zeros(1, 1, dtype=torch.long), past_key_values=DynamicCache())
+            tiny_model()(torch.zeros(1, 1, dtype=torch.long), cache=DynamicCache())
 
     def test_cache_of_another_batch_size(self) -> None:
         model = tiny_model()
-        cache = model(torch.zeros(2, 3, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(torch.zeros(2, 3, dtype=torch.long), use_cache=True).cache
         with pytest.raises(ValueError, match="holds 2 rows and the input has 1"):
-            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
     def test_mask_of_the_wrong_shape(self) -> None:
         ids = torch.zeros(1, 4, dtype=torch.long)
@@ -390,11 +390,11 @@ class TestBadInput:
 
     def test_positions_that_do_not_continue_the_cache(self) -> None:
         model = tiny_model()
-        cache = model(torch.zeros(1, 4, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(torch.zeros(1, 4, dtype=torch.long), use_cache=True).cache
         with pytest.raises(ValueError, match="do not continue the cache"):
             model(
                 torch.zeros(1, 2, dtype=torch.long),
-                past_key_values=cache,
+                cache=cache,
                 position_ids=torch.tensor([[7, 8]]),
             )
 

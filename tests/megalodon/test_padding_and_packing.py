@@ -74,10 +74,8 @@ def test_padding_anywhere_and_continued_in_pieces(model: MegalodonForCausalLM, s
     for start, stop in zip([0, *cuts], [*cuts, width], strict=True):
         # The mask may cover what the cache has seen, or only the new tokens.
         seen = mask[:, :stop] if start % 2 else mask[:, start:stop]
-        output = model(
-            ids[:, start:stop], attention_mask=seen.long(), past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
+        output = model(ids[:, start:stop], attention_mask=seen.long(), cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     for i in range(4):
         alone = model(ids[i, mask[i]][None]).logits[0]
@@ -144,9 +142,9 @@ def test_a_packed_row_goes_on_from_its_last_document(model: MegalodonForCausalLM
     first, second = texts([2 * CHUNK + 3, CHUNK + 5])
     ids = torch.cat([first, second])[None]
     positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None]
-    cache = model(ids, position_ids=positions, use_cache=True).past_key_values
+    cache = model(ids, position_ids=positions, use_cache=True).cache
     more = texts([2 * CHUNK], 5)[0][None]
-    found = model(more, past_key_values=cache).logits
+    found = model(more, cache=cache).logits
     whole = model(torch.cat([second[None], more], dim=1)).logits[:, len(second) :]
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
@@ -154,10 +152,8 @@ def test_a_packed_row_goes_on_from_its_last_document(model: MegalodonForCausalLM
 @torch.no_grad()
 def test_a_new_document_may_begin_with_a_cache_in_hand(model: MegalodonForCausalLM) -> None:
     first, second = texts([2 * CHUNK + 3, CHUNK + 5])
-    cache = model(first[None], use_cache=True).past_key_values
-    found = model(
-        second[None], past_key_values=cache, position_ids=torch.arange(len(second))[None]
-    ).logits
+    cache = model(first[None], use_cache=True).cache
+    found = model(second[None], cache=cache, position_ids=torch.arange(len(second))[None]).logits
     torch.testing.assert_close(found, model(second[None]).logits, rtol=0, atol=1e-5)
 
 

@@ -169,7 +169,7 @@ class TestFloat16:
         # The files themselves may still be read in a type that is served.
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
-    def test_is_refused_as_a_cast(self) -> None:
+    def test_is_refused_by_a_model_that_was_cast(self) -> None:
         for cast in (
             lambda model: model.half(),
             lambda model: model.to(torch.float16),
@@ -178,7 +178,7 @@ class TestFloat16:
             lambda model: model.to(torch.zeros((), dtype=torch.float16)),
         ):
             with pytest.raises(ValueError, match=self.REASON):
-                cast(tiny_model())
+                cast(tiny_model())(torch.zeros(1, 2, dtype=torch.int64))
 
 
 class TestBadFiles:

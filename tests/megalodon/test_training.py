@@ -69,7 +69,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
     data = rows(16)
     trainer = Trainer(
-        tiny_model(), arguments(tmp_path, max_steps=16), train_dataset=data, eval_dataset=data
+        tiny_model(), arguments(tmp_path, max_steps=32), train_dataset=data, eval_dataset=data
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -206,8 +206,8 @@ class TestLoss:
         ids = torch.stack([row["input_ids"] for row in rows(2)])
         mask = torch.ones_like(ids)
         logits = model(ids).logits
-        cache = model(ids[:, :7], use_cache=True).past_key_values
-        loss = model(ids[:, 7:], mask, past_key_values=cache, labels=ids[:, 7:]).loss
+        cache = model(ids[:, :7], use_cache=True).cache
+        loss = model(ids[:, 7:], mask, cache=cache, labels=ids[:, 7:]).loss
         expected = F.cross_entropy(logits[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
         torch.testing.assert_close(loss, expected)
 
@@ -225,10 +225,10 @@ class TestLoss:
 def test_a_model_in_training_returns_no_state_unless_asked() -> None:
     model = MegalodonForCausalLM(tiny_config()).train()
     ids = torch.zeros(1, 4, dtype=torch.long)
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values is not None
-    assert model.eval()(ids).past_key_values is not None
-    assert MegalodonForCausalLM(tiny_config(use_cache=False)).eval()(ids).past_key_values is None
+    assert model(ids).cache is None
+    assert model(ids, use_cache=True).cache is not None
+    assert model.eval()(ids).cache is not None
+    assert MegalodonForCausalLM(tiny_config(use_cache=False)).eval()(ids).cache is None
 
 
 class TestLoRA:

@@ -41,7 +41,10 @@ def make_run(
     **config: Any,
 ) -> Path:
     """A run folder as training writes it, but for the steps that tell the report nothing."""
-    values = {"val_batches": 100, "batch_size": 4, "grad_accum_every": 4, **config}
+    values = {"val_batches": 100, "batch_size": 4, "grad_accum_every": 4, "weight_decay": 2e-4}
+    if model == "llama":
+        values["ffn_dim_multiplier"] = 2.67
+    values |= config
     used = ExperimentConfig(
         model=model, seed=seed, run_dir=str(folder), data_path="sample", **values
     )

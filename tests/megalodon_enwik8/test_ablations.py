@@ -45,12 +45,12 @@ def test_pieces_and_padded_rows_equal_the_whole(make_tiny: Any, ablation: str) -
     text = torch.randint(256, (2, 37))
     whole = model(text, use_cache=False).logits
     cache = MegalodonCache(model.config)
-    pieces = [model(p, past_key_values=cache).logits for p in text.split([5, 1, 20, 1, 10], 1)]
+    pieces = [model(p, cache=cache).logits for p in text.split([5, 1, 20, 1, 10], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
     padded = torch.nn.functional.pad(text, (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(text), (3, 0))
     cache = MegalodonCache(model.config)
-    found = model(padded, attention_mask=mask, past_key_values=cache).logits[:, 3:]
+    found = model(padded, attention_mask=mask, cache=cache).logits[:, 3:]
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
     assert cache.lengths is not None
     assert cache.lengths.tolist() == [37, 37]

@@ -112,7 +112,7 @@ def literal_training(config: Any, steps: int) -> tuple[list[float], dict[str, to
             caches = [MegalodonCache(model.config) for _ in caches]
         loss = torch.zeros(())
         for row, cache in zip(batch, caches, strict=True):
-            logits = model(row[None, :-1], past_key_values=cache, use_cache=True).logits[0]
+            logits = model(row[None, :-1], cache=cache, use_cache=True).logits[0]
             loss = loss + F.cross_entropy(logits, row[1:])
         loss = loss / len(batch)
         loss.backward()
@@ -338,7 +338,7 @@ def test_a_step_hands_each_micro_batch_its_own_rows(make_tiny: Any) -> None:
         cut_off = [*state.states[0].norm, state.states[0].cema, *state.final_norm]
         assert not any(tensor.requires_grad for tensor in cut_off)
         fresh = new_state(build_model(config))
-        build_model(config)(rows[:, :-1], past_key_values=fresh)
+        build_model(config)(rows[:, :-1], cache=fresh)
         for tensor, expected in zip(
             state.state_dict()["tensors"], fresh.state_dict()["tensors"], strict=True
         ):

@@ -55,6 +55,20 @@ def test_what_is_saved_is_what_is_loaded(saved: bytes, tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["step"] == 3
 
 
+@pytest.mark.parametrize(("then", "now"), [(None, 2.67), (0.5, 1.335)])
+def test_a_llama_of_format_1_keeps_its_width(
+    tmp_path: Path, make_tiny: Any, then: float | None, now: float
+) -> None:
+    """The multiplier scaled 2.67 dim there; null stood for 1."""
+    model = build_model(make_tiny("llama", ffn_dim_multiplier=now))
+    config = {**make_tiny("llama").used(), "ffn_dim_multiplier": then}
+    content = {**vars(EXAMPLE), "config": config, "model_state": model.state_dict()}
+    torch.save({"format": module.FORMAT, "version": 1, **content}, tmp_path / "x.pt")
+    loaded = load_checkpoint(tmp_path / "x.pt")
+    assert loaded.config["ffn_dim_multiplier"] == pytest.approx(now)
+    restore_model(loaded, tmp_path / "x.pt")
+
+
 @given(st.data())
 def test_a_truncated_file_is_recognised(
     saved: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -168,5 +168,7 @@ def test_the_example_in_the_readme_runs_as_printed(
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().startswith("The history of ")
     assert len(done.stdout.decode()) > len("The history of ") + 30
-    said = [line for line in done.stderr.decode().splitlines() if "Loading weights" not in line]
-    assert not any(said)
+    # Progress, and what the pipeline of transformers 5.17 says of its own call of generate.
+    theirs = ("Loading weights", "generation-related arguments", "Both `max_new_tokens` (")
+    lines = done.stderr.decode().splitlines()
+    assert not any(line and not any(words in line for words in theirs) for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,30 +11,49 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_enwik8 import models
-from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.config import ExperimentConfig, load_config
 from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.evaluation import evaluate
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.llama import ffn_width
 from megalodon_enwik8.models import build_model, compile_layers, count_parameters, summed_loss
 
+# As published, less the rotary frequencies (depth x dim_head / 2) that were counted with them.
+PARAMETERS = {
+    "megalodon_multichunk_512": 11_376_000,
+    "archive_megalodon_multichunk_512_short": 11_376_000,
+    "archive_megalodon_nano": 11_376_000,
+    "archive_megalodon_nano_short": 11_376_000,
+    "archive_megalodon_small": 27_214_848,
+    "llama_512": 12_489_792 - 6 * 32,
+    "test": 557_728 - 2 * 16,
+    "archive_nano": 8_950_848 - 6 * 32,
+    "archive_nano_short": 8_950_848 - 6 * 32,
+    "archive_simple": 35_800_064 - 16 * 32,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_files_build_the_models_that_they_build_there(name: str) -> None:
+    config = load_config(Path(__file__).parent / "published" / f"{name}.yaml")
+    with torch.device("meta"):
+        assert count_parameters(build_model(config)) == PARAMETERS[name]
+
 
 @pytest.mark.parametrize(
-    ("model_name", "parameters"), [("megalodon", 11_277_696), ("llama", 12_489_600)]
+    ("name", "parameters"), [("megalodon_multichunk_512", 11_277_696), ("llama_512", 12_489_600)]
 )
-def test_the_default_model_has_the_parameters_of_the_comparison(
-    model_name: str, parameters: int
-) -> None:
-    config = make_config({"run_dir": "x", "model": model_name}, "x")
+def test_shipped_files_build_the_models_of_the_comparison(name: str, parameters: int) -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     with torch.device("meta"):
         assert count_parameters(build_model(config)) == parameters
 
 
 @pytest.mark.parametrize(
     ("dim", "multiplier", "width"),
-    [(384, None, 1280), (384, 1.0, 1280), (384, 0.5, 512), (512, None, 1536), (96, None, 256)],
+    [(384, 2.67, 1280), (384, None, 1024), (384, 1.5, 768), (128, None, 512), (512, 1.5, 768)],
 )
-def test_ffn_width_is_scaled_and_rounded_up_to_a_multiple_of_256(
+def test_ffn_width_is_rounded_up_to_a_multiple_of_256(
     dim: int, multiplier: float | None, width: int
 ) -> None:
     assert ffn_width(dim, multiplier) == width

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import gzip
+import os
 import re
 import subprocess
 import sys
@@ -97,22 +98,47 @@ def test_running_out_of_memory_says_what_to_lower(
     assert "out of memory: lower batch_size=2 and" in refused(capfd, train.main, "--config", path)
 
 
-def test_published_files_train_unchanged_but_for_size(
-    tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str], model_name: str
+PUBLISHED = sorted((Path(__file__).parent / "published").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_files_train_at_their_width(
+    tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str], path: Path
 ) -> None:
-    path = Path(__file__).parent / "published" / f"{model_name}.yaml"
     overrides = (
         f"run_dir={tmp_path / 'run'}",
         f"data_path={text_file}",
-        {"llama": "depth=1", "megalodon": "num_layers=1"}[model_name],
-        "num_batches=1",
+        "num_layers=1" if "megalodon" in path.stem else "depth=1",
+        "num_batches=2",
+        "batch_size=1",
         "grad_accum_every=1",
         "val_batches=1",
         "full_validation=false",
         "generate_length=4",
     )
     assert run(train.main, "--config", path, *overrides) == 0
-    assert "step 1: validation loss" in capfd.readouterr().out
+    assert "step 2: validation loss" in capfd.readouterr().out
+
+
+def test_an_open_seed_is_drawn_said_stored_and_kept_on_resume(
+    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path / "x.yaml", make_tiny("llama"))
+    path.write_text(path.read_text().replace("seed: 7", "seed: null"))
+    assert run(train.main, "--config", path, "num_batches=2") == 0
+    said = re.search(r"seed=(\d+): drawn", capfd.readouterr().out)
+    assert said is not None
+    stored = tmp_path / "run" / "config.yaml"
+    assert f"seed: {said[1]}\n" in stored.read_text()
+    assert run(train.main, "--config", path, "num_batches=4", "--resume") == 0
+    assert f"seed={said[1]}: drawn" in capfd.readouterr().out
+    assert f"seed: {said[1]}\n" in stored.read_text()
+    assert run(train.main, "--config", path, "num_batches=2", f"run_dir={tmp_path / 'other'}") == 0
+    assert f"seed={said[1]}:" not in capfd.readouterr().out
+
+
+def stdin_is(path: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None if path is None else path.open())
 
 
 def test_inference_prints_the_prompt_and_the_text_and_its_speed(
@@ -122,9 +148,15 @@ def test_inference_prints_the_prompt_and_the_text_and_its_speed(
     (tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
     weights = trained / "final.pt"
     outputs = []
-    for source in (("--prompt", prompt), ("--prompt-file", tmp_path / "prompt.txt"), ()):
-        stdin = io.TextIOWrapper(io.BytesIO(prompt.encode()))
-        monkeypatch.setattr(sys, "stdin", stdin)
+    zipped = tmp_path / "prompt.gz"
+    zipped.write_bytes(gzip.compress((prompt + "and more").encode()))
+    for source in (
+        ("--prompt", prompt),
+        ("--prompt-file", tmp_path / "prompt.txt"),
+        ("--prompt-gzip", zipped, "--prompt-len", "9"),
+        (),
+    ):
+        stdin_is(tmp_path / "prompt.txt", monkeypatch)
         assert run(inference.main, weights, *source, "--max-length", "30", "--seed", "3") == 0
         out, err = capfd.readouterr()
         assert out.startswith(prompt)
@@ -133,9 +165,21 @@ def test_inference_prints_the_prompt_and_the_text_and_its_speed(
             r"30 bytes after a prompt of 9 in [\d.]+ s: [\d.]+ tokens per second\n", err
         )
         outputs.append(out)
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs == outputs[:1] * 4
     assert run(inference.main, weights, "--prompt", prompt, "--max-length", "30") == 0
     assert capfd.readouterr().out != outputs[0]
+
+
+def test_without_a_prompt_inference_takes_its_own(
+    trained: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    for stdin in (None, Path(os.devnull)):
+        stdin_is(stdin, monkeypatch)
+        assert run(inference.main, trained / "final.pt", "--max-length", "4") == 0
+        assert capfd.readouterr().out.startswith(inference.DEFAULT_PROMPT.decode())
+    # The fact stands in an earlier chunk of 256 than what is written.
+    fact = inference.DEFAULT_PROMPT.index(b"KOBALT")
+    assert fact < 256 < len(inference.DEFAULT_PROMPT) - 1
 
 
 def test_a_prompt_of_any_bytes_is_continued(
@@ -157,6 +201,8 @@ def test_what_inference_refuses_is_one_line(
     cut = tmp_path / "cut.pt"
     cut.write_bytes(weights.read_bytes()[:-1])
     (tmp_path / "empty").touch()
+    short = tmp_path / "short.gz"
+    short.write_bytes(gzip.compress(bytes(99))[:-12])
     p = ("--prompt", "x")
     cases = {
         (): "required: checkpoint",
@@ -165,6 +211,10 @@ def test_what_inference_refuses_is_one_line(
         (weights, "--prompt-file", tmp_path / "none"): "none: cannot be read: No such file",
         (weights, "--prompt-file", tmp_path): "cannot be read: Is a directory",
         (weights, *p, "--prompt-file", cut): "not allowed with",
+        (weights, *p, "--prompt-len", "9"): "--prompt-len says how much of --prompt-gzip is read",
+        (weights, "--prompt-gzip", tmp_path / "none"): "none: cannot be read: No such file",
+        (weights, "--prompt-gzip", cut): "cut.pt: cannot be read: Not a gzipped file",
+        (weights, "--prompt-gzip", short): "short.gz: cannot be read: Compressed file ended",
         (weights.parent, *p): "is a folder; name a checkpoint in it, as final.pt",
         (tmp_path / "none.pt", *p): "none.pt: no such checkpoint",
         (cut, *p): "cut.pt: truncated, damaged or not a checkpoint",
@@ -178,10 +228,8 @@ def test_what_inference_refuses_is_one_line(
     }
     for arguments, line in cases.items():
         assert line in refused(capfd, inference.main, *arguments), arguments
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    stdin_is(tmp_path / "empty", monkeypatch)
     assert "the prompt from stdin is empty" in refused(capfd, inference.main, weights)
-    monkeypatch.setattr(sys, "stdin", None)
-    assert "no prompt: give --prompt" in refused(capfd, inference.main, weights)
 
 
 @pytest.mark.parametrize(
