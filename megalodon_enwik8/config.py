@@ -87,7 +87,8 @@ class ExperimentConfig(BaseModel):
     scale_emb: bool = _megalodon(False)
     share_emb: bool = _megalodon(True)
     output_ffn_bias: bool = _megalodon(True)  # on W_h2 and the three matrices of the FFN
-    init_mode: Literal["he", "xavier", "bert", "gaussian", "none"] = _megalodon("he")
+    # The library's, or fan_in: see fan_in.py
+    init_mode: Literal["he", "xavier", "bert", "gaussian", "none", "fan_in"] = _megalodon("he")
     hidden_dropout: Probability = _megalodon(0.0)
     dropout: Probability = _megalodon(0.0)
     ablation: Literal["none", "no_cema", "layer_norm"] = _megalodon("none")  # see ablations.py
@@ -101,7 +102,7 @@ class ExperimentConfig(BaseModel):
     # The FFN's width: this times dim, or int(8 dim / 3), rounded up to a multiple of 256
     ffn_dim_multiplier: Annotated[Real, Field(gt=0, le=1000)] | None = _llama(None)
     flash_attn: bool = _llama(True)  # PyTorch's fused attention; false: the written-out one
-    llama_init: Literal["transformers", "pytorch"] = _llama("transformers")
+    llama_init: Literal["transformers", "pytorch", "fan_in"] = _llama("transformers")
 
     # Data
     data_path: PathText = "data/enwik8.gz"  # or `sample`, or any file
@@ -114,8 +115,11 @@ class ExperimentConfig(BaseModel):
     num_batches: Count = 1200  # training steps
     batch_size: Count = 1  # sequences in a micro-batch
     grad_accum_every: Count = 16  # micro-batches in a step; how they split changes no result
+    optimizer: Literal["adam", "adamw"] = "adam"  # adamw: its decay is decoupled, of matrices alone
+    beta2: Annotated[Real, Field(gt=0, lt=1)] = 0.999
     learning_rate: Annotated[Real, Field(gt=0)] = 4e-4  # its highest, where it changes
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine: to zero at the end
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: Annotated[Real, Field(ge=0)] = 0.0  # where the cosine ends
     warmup_steps: Interval = 0  # steps in which the learning rate rises linearly
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     grad_clip_norm: Annotated[Real, Field(gt=0)] = 1.0
@@ -131,6 +135,8 @@ class ExperimentConfig(BaseModel):
     # Intervals, in steps
     validate_every: Interval = 100
     val_batches: Count = 10  # fixed windows of seq_len, whatever the batch size is
+    # search: the windows midway between those, to choose settings by what no table reports
+    val_windows: Literal["report", "search"] = "report"
     full_validation: bool = True  # one pass over the whole validation split at the end
     save_every: Interval = 100
     keep_last: Count | None = None  # checkpoints to keep; null: all
@@ -171,6 +177,11 @@ class ExperimentConfig(BaseModel):
                     f"dim_head={self.dim_head}: must be even, since RoPE rotates pairs; "
                     f"try {self.dim_head + 1}"
                 )
+        if self.min_lr and not (self.schedule == "cosine" and self.min_lr <= self.learning_rate):
+            raise ValueError(
+                f"min_lr={self.min_lr}: is where schedule: cosine ends, and at most "
+                f"learning_rate={self.learning_rate}; here the schedule is {self.schedule}"
+            )
         if self.warmup_steps > self.num_batches:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps}: must be at most "
@@ -196,13 +207,14 @@ class ExperimentConfig(BaseModel):
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step 0 .. num_batches - 1: a linear rise over `warmup_steps`, then
-        constant, or half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983) to zero."""
+        constant, or half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983) to `min_lr`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
         done = (step - self.warmup_steps) / (self.num_batches - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        falling = (self.learning_rate - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_lr + falling
 
     def used(self) -> dict[str, Any]:
         """The keys that this run's model reads, with their values, in the order of the schema."""
@@ -232,7 +244,7 @@ def load_config(
     Raises UserError for a file that is missing, is not YAML or not a mapping, for a repeated
     or unknown key, and for a value of the wrong type or range.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     source = dict.fromkeys(values, str(path))
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -362,7 +374,7 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {reason}") from None
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)

@@ -269,14 +269,26 @@ def stream_batch(
     return _windows(train, starts, seq_len), place == 0
 
 
-def validation_windows(val: Bytes, *, count: int, seq_len: int) -> torch.Tensor:
+def validation_windows(
+    val: Bytes, *, count: int, seq_len: int, midway: bool = False
+) -> torch.Tensor:
     """`count` fixed windows of `val`, evenly spaced from its first to its last: int64,
-    (count, seq_len + 1). They overlap where `val` is short.
+    (count, seq_len + 1). They overlap where `val` is short. With `midway`, the count - 1 windows
+    midway between those, for choices that the others are to judge.
 
-    Raises UserError if `val` is shorter than one window.
+    Raises UserError if `val` is shorter than one window, or there is nothing midway.
     """
     last = _starts(val, seq_len, "validation") - 1
-    return _windows(val, [i * last // max(count - 1, 1) for i in range(count)], seq_len)
+    gaps = max(count - 1, 1)
+    starts = [i * last // gaps for i in range(count)]
+    if midway:
+        starts = [(2 * i + 1) * last // (2 * gaps) for i in range(count - 1)]
+        if gaps > last // (2 * seq_len + 2) or not starts:
+            raise UserError(
+                f"val_windows=search: val_batches={count} windows of seq_len={seq_len} leave no "
+                f"room between them in {len(val)} bytes of validation: use fewer, at least 2"
+            )
+    return _windows(val, starts, seq_len)
 
 
 def _draw(count: int, seed: int, step: int, row: int) -> int:

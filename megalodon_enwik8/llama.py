@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.fan_in import draw_by_fan_in
 
 FFN_MULTIPLE = 256
 
@@ -39,7 +40,9 @@ def build_llama(config: ExperimentConfig) -> LlamaForCausalLM:
             attn_implementation="sdpa" if config.flash_attn else "eager",  # type: ignore[call-arg]
         )
     )
-    if config.llama_init == "pytorch":
+    if config.llama_init == "fan_in":
+        draw_by_fan_in(model, config.depth, outputs=("o_proj", "down_proj"))
+    elif config.llama_init == "pytorch":
         # The published experiment: PyTorch's defaults, embeddings as transformers has them.
         for module in model.modules():
             if isinstance(module, nn.Linear) and not (

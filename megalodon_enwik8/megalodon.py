@@ -5,6 +5,7 @@ from __future__ import annotations
 from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon_enwik8.ablations import ablate
 from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.fan_in import draw_by_fan_in
 
 
 def build_megalodon(config: ExperimentConfig) -> MegalodonForCausalLM:
@@ -27,11 +28,13 @@ def build_megalodon(config: ExperimentConfig) -> MegalodonForCausalLM:
             scale_emb=config.scale_emb,
             tie_word_embeddings=config.share_emb,
             output_ffn_bias=config.output_ffn_bias,
-            init_mode=config.init_mode,
+            init_mode="he" if config.init_mode == "fan_in" else config.init_mode,
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             hidden_dropout=config.hidden_dropout,
         )
     )
+    if config.init_mode == "fan_in":
+        draw_by_fan_in(model, config.num_layers, outputs=("wh1", "wh2", "w2"))
     ablate(model, config.ablation)
     return model

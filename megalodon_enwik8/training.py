@@ -114,11 +114,25 @@ def train(
         return trainer.run()
 
 
-def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.optim.Adam:
-    """Adam with L2 weight decay on every parameter, as the protocol has it."""
-    return torch.optim.Adam(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.optim.Optimizer:
+    """Adam with L2 weight decay on every parameter, as the protocol has it; or AdamW (Loshchilov
+    and Hutter 2019, arXiv 1711.05101), which decays the matrices and the embedding alone."""
+    parameters = list(model.parameters())
+    rate, betas = config.learning_rate, (0.9, config.beta2)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(
+            parameters, lr=rate, betas=betas, weight_decay=config.weight_decay, fused=True
+        )
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+    groups = [
+        {
+            "params": [p for p in parameters if (id(p) in matrices) == decayed],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
 
 
 def train_step(
@@ -174,7 +188,10 @@ class Trainer:
         self.optimizer = optimizer
         self.device = next(model.parameters()).device
         self.windows = validation_windows(
-            corpus.val, count=config.val_batches, seq_len=config.seq_len
+            corpus.val,
+            count=config.val_batches,
+            seq_len=config.seq_len,
+            midway=config.val_windows == "search",
         )
         self.carried: CarriedState | None = None
         if config.carry_state:

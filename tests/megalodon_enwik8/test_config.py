@@ -90,6 +90,10 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("learning_rate: fast", "x.yaml: learning_rate=fast: must be a number"),
         ("learning_rate: 0", "x.yaml: learning_rate=0: must be > 0"),
         ("warmup_steps: 1201", "warmup_steps=1201: must be at most num_batches=1200, all steps"),
+        ("min_lr: 1e-5", "x.yaml: min_lr=1e-05: is where schedule: cosine ends, and at most learn"),
+        ("schedule: cosine\nmin_lr: 1", "min_lr=1.0: is where schedule: cosine ends, and at most"),
+        ("beta2: 1", "x.yaml: beta2=1: must be < 1"),
+        ("optimizer: sgd", "x.yaml: optimizer=sgd: must be 'adam' or 'adamw'"),
         ("learning_rate: .nan", "x.yaml: learning_rate=nan: must be a finite number"),
         ("learning_rate: 1e999", "x.yaml: learning_rate=1e999: must be a finite number"),
         ("attention_dropout: 1", "x.yaml: attention_dropout=1: must be < 1"),
@@ -264,3 +268,5 @@ def test_learning_rate_rises_then_stays_or_falls() -> None:
     half_wave = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert rates(warmup_steps=4, schedule="cosine") == [0.25, 0.5, 0.75, 1.0, *half_wave]
     assert rates(warmup_steps=8, schedule="cosine") == [k / 8 for k in range(1, 9)]
+    floor = [0.2 + 0.8 * rate for rate in half_wave]
+    assert rates(warmup_steps=4, schedule="cosine", min_lr=0.2)[4:] == pytest.approx(floor)

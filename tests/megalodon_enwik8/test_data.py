@@ -372,6 +372,20 @@ def test_validation_windows_are_evenly_spaced_from_first_to_last(
         assert steps.max() - steps.min() <= 1
 
 
+@given(st.integers(20, 256), st.integers(1, 20), st.integers(2, 20))
+def test_windows_midway_have_no_byte_in_common_with_the_others(
+    length: int, seq_len: int, count: int
+) -> None:
+    if length < seq_len + 1 or (count - 1) > (length - seq_len - 1) // (2 * seq_len + 2):
+        with pytest.raises(UserError, match=r"val_windows=search|needs"):
+            validation_windows(ALL_BYTES[:length], count=count, seq_len=seq_len, midway=True)
+        return
+    fixed = validation_windows(ALL_BYTES[:length], count=count, seq_len=seq_len)
+    midway = validation_windows(ALL_BYTES[:length], count=count, seq_len=seq_len, midway=True)
+    assert len(midway) == count - 1
+    assert not set(fixed.flatten().tolist()) & set(midway.flatten().tolist())
+
+
 def test_text_shorter_than_a_window_is_one_line(tmp_path: Path) -> None:
     corpus = load_corpus(write(tmp_path, "mine"), 1000)
     check_length(corpus, 99)

@@ -96,6 +96,22 @@ def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny: Any
         assert (model.get_output_embeddings().weight is embedding) == tied
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_fan_in_draws_either_model_alike(make_tiny: Any, model_name: str, tied: bool) -> None:
+    wide = {
+        "llama": {"llama_init": "fan_in", "dim": 64, "tied_embedding": tied},
+        "megalodon": {"init_mode": "fan_in", "model_dim": 64, "share_emb": tied, "z_dim": 32},
+    }[model_name]
+    model = build_model(make_tiny(model_name, **wide))
+    outputs = ("o_proj", "down_proj", "wh1", "wh2", "w2")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            expected = module.in_features**-0.5 / (2 if name.endswith(outputs) else 1)  # 2 layers
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.15), name
+            assert module.bias is None or not module.bias.any()
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(1 / 8, rel=0.1)
+
+
 def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny: Any) -> None:
     rows = torch.randint(256, (2, 20))
     fused, written_out = (build_model(make_tiny("llama", flash_attn=on)) for on in (True, False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,43 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(make_tiny: Any) -
     loss, norm = train_step(model, make_optimizer(model, config), batch, config)
     assert norm == pytest.approx(expected, rel=1e-5)
     assert loss == pytest.approx(math.log(256), abs=0.2)
+
+
+def test_adamw_decays_matrices_and_the_embedding_alone(make_tiny: Any, model_name: str) -> None:
+    config = make_tiny(model_name, optimizer="adamw", weight_decay=0.5, learning_rate=0.1)
+    model = build_model(config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    decayed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    # q_proj, w1, embed_tokens and the like; no norm, bias or coefficient of CEMA.
+    assert decayed == {
+        name
+        for name in before
+        if re.search(r"(proj|embed_tokens|lm_head|\.w(z|v|r|h1|h2|1|2|3))\.weight$", name)
+    }
+    for name in decayed:
+        torch.testing.assert_close(dict(model.named_parameters())[name], before[name] * 0.95)
+
+
+def test_beta2_is_that_of_the_config(make_tiny: Any) -> None:
+    for kind in ("adam", "adamw"):
+        config = make_tiny("llama", optimizer=kind, beta2=0.9)
+        groups = make_optimizer(build_model(config), config).param_groups
+        assert {group["betas"] for group in groups} == {(0.9, 0.9)}
+
+
+def test_a_run_with_adamw_goes_on_as_if_it_had_not_stopped(make_tiny: Any, tmp_path: Path) -> None:
+    options = {"optimizer": "adamw", "weight_decay": 0.1, "num_batches": 4}
+    whole = make_tiny("megalodon", **options, run_dir=str(tmp_path / "whole"))
+    assert train(whole) == 0
+    parts = make_tiny("megalodon", **options)
+    assert train(parts.model_copy(update={"num_batches": 2})) == 0
+    assert train(parts, resume=NEWEST) == 0
+    ends = [load_checkpoint(Path(c.run_dir) / "final.pt").model_state for c in (whole, parts)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_a_uniform_random_text_cannot_be_learned_and_words_can(

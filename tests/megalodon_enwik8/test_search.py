@@ -1,0 +1,123 @@
+"""A search: the same tries for each model, a line a run, and it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalodon_enwik8 import search, training
+from megalodon_enwik8.errors import UserError
+
+MakePlan = Any
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, make_tiny: Any) -> MakePlan:
+    """make_plan(**changes): the path of a plan for both models."""
+
+    def make(**changes: Any) -> str:
+        base = {}
+        for model in ("megalodon", "llama"):
+            path = tmp_path / f"{model}.yaml"
+            path.write_text(make_tiny(model).to_yaml())
+            base[model] = str(path)
+        plan = {
+            "base": base,
+            "with": {"num_batches": 2, "optimizer": "adamw", "val_windows": "search"},
+            "rounds": [
+                {"learning_rate": [1e-3, 3e-3]},
+                {"init_mode": ["he", "fan_in"], "llama_init": ["transformers", "fan_in"]},
+                {"learning_rate": [3e-3, 1e-2]},
+            ],
+            **changes,
+        }
+        path = tmp_path / "plan.yaml"
+        path.write_text(json.dumps(plan))  # JSON is YAML
+        return str(path)
+
+    return make
+
+
+def run(path: str, tmp_path: Path) -> list[dict[str, Any]]:
+    out = tmp_path / "out.jsonl"
+    assert search.main([path, "--out", str(out), "--folder", str(tmp_path / "runs")]) == 0
+    return search.read_results(out)
+
+
+def test_each_model_gets_the_same_tries_and_each_round_starts_from_the_best(
+    make_plan: MakePlan, tmp_path: Path
+) -> None:
+    rows = run(make_plan(), tmp_path)
+    assert not list((tmp_path / "runs").iterdir())  # what they hold is in the output
+    for model, key in (("megalodon", "init_mode"), ("llama", "llama_init")):
+        mine = [row for row in rows if row["model"] == model]
+        # The first round's best and the second's first try are one run, made once.
+        assert len(mine) <= 5
+        found = [row["settings"] for row in mine]
+        assert len({json.dumps(settings) for settings in found}) == len(found)
+        first = min(mine[:2], key=lambda row: row["val_loss"])["settings"]
+        assert {**first, key: "fan_in"} in found
+        assert set(mine[0]["curve"]) == {"0", "2"}
+
+
+def test_a_search_that_was_stopped_goes_on(
+    make_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(make_plan(), tmp_path)
+    lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text("".join(lines[:3]))
+    trained = []
+    train = training.train
+    monkeypatch.setattr(
+        training, "train", lambda config, **options: trained.append(config) or train(config)
+    )
+    assert run(make_plan(), tmp_path) == whole
+    assert len(trained) == len(whole) - 3
+    monkeypatch.setattr(training, "train", lambda config, **options: 130)
+    (tmp_path / "out.jsonl").unlink()
+    assert search.main([make_plan(), "--out", str(tmp_path / "out.jsonl")]) == 130
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rounds": [{"chunk_size": [4]}]}, "chunk_size, of which a llama has 0: give each model"),
+        (
+            {"rounds": [{"lerning_rate": [4]}]},
+            "rounds try lerning_rate, which is no key",
+        ),
+        ({"rounds": [{"beta2": [0.9], "seed": [1]}]}, "of which a megalodon has 2"),
+        ({"rounds": []}, "rounds: List should have at least 1 item"),
+        ({"base": {}}, "base: Dictionary should have at least 1 item"),
+        ({"steps": 3}, "steps: Extra inputs are not permitted"),
+        (
+            {"rounds": [{"init_mode": ["he"], "llama_init": ["fan_in", "pytorch"]}]},
+            "not the same number of tries",
+        ),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(
+    make_plan: MakePlan, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(UserError, match=r"plan\.yaml") as caught:
+        run(make_plan(**changes), tmp_path)
+    assert line in str(caught.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_committed_plan_is_one_and_its_runs_are_of_it() -> None:
+    results = Path(__file__).parents[2] / "results"
+    plan = search.read_plan(str(results / "search.yaml"))
+    rows = search.read_results(results / "search.jsonl")
+    keys = {model: {key for key, _ in search.tries(plan, model)} for model in plan.base}
+    assert all(row["settings"].keys() == keys[row["model"]] | plan.start.keys() for row in rows)
+
+
+def test_another_file_is_not_written_to(make_plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("my notes\n")
+    with pytest.raises(UserError, match="is not the output of a search"):
+        run(make_plan(), tmp_path)
+    assert (tmp_path / "out.jsonl").read_text() == "my notes\n"
