@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,14 @@ def own_keys(values: Settings, model: str) -> list[str]:
     return [key for key in values if model_of_key(key) in (None, model)]
 
 
-def tries(plan: Plan, model: str) -> Iterator[tuple[str, list[Any]]]:
-    for values in plan.rounds:
-        (key,) = own_keys(values, model)
-        yield key, values[key]
+def tries(plan: Plan, model: str) -> list[tuple[str, list[Any]]]:
+    """The key of each round, and its values."""
+    return [(key, values[key]) for values in plan.rounds for key in own_keys(values, model)]
+
+
+def set_keys(plan: Plan, model: str) -> list[str]:
+    """What the runs of a model set, in all rounds together."""
+    return sorted({key for key, _ in tries(plan, model)} | plan.start.keys())
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -88,32 +92,39 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
     from megalodon_enwik8.training import train
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    for model, base in plan.base.items():
-        best, tried = dict(plan.start), {key for key, _ in tries(plan, model)}
-        for key, values in tries(plan, model):
+    best = {model: dict(plan.start) for model in plan.base}
+    for number in range(len(plan.rounds)):
+        for model in plan.base:
+            key, values = tries(plan, model)[number]
             losses = {}
             for value in values:
-                overrides = [f"{k}={json.dumps(v)}" for k, v in {**best, key: value}.items()]
-                config = load_config(base, overrides)
-                settings = {k: getattr(config, k) for k in sorted(tried | plan.start.keys())}
-                name = "_".join(str(settings[k]) for k in sorted(tried))
-                run_dir = folder / f"{model}_{name}"
+                config = plan_config(plan, model, {**best[model], key: value}, folder)
+                settings = {k: getattr(config, k) for k in set_keys(plan, model)}
                 found = find(read_results(out), model, settings)
                 if found is None:
                     print(f"\n{model}: {key}={value}", flush=True)
-                    config = config.model_copy(update={"run_dir": str(run_dir)})
                     if code := train(config, resume=NEWEST):
                         return code
+                    run_dir = Path(config.run_dir)
                     found = {"model": model, "settings": settings, **read_losses(run_dir)}
                     with out.open("a") as file:
                         file.write(json.dumps(found) + "\n")
                     shutil.rmtree(run_dir)
                 losses[json.dumps(value)] = found["val_loss"]
             chosen = min(losses, key=lambda value: losses[value])
-            best[key] = json.loads(chosen)
+            best[model][key] = json.loads(chosen)
             said = ", ".join(f"{value} {loss:.4f}" for value, loss in losses.items())
             print(f"{model}: {key}: {said}; best {chosen}", flush=True)
     return 0
+
+
+def plan_config(plan: Plan, model: str, settings: Settings, folder: Path) -> ExperimentConfig:
+    """The config of one run, in a folder that is called after what the rounds try."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    config = load_config(plan.base[model], overrides)
+    tried = sorted({key for key, _ in tries(plan, model)})
+    name = "_".join([model, *(str(getattr(config, key)) for key in tried)])
+    return config.model_copy(update={"run_dir": str(folder / name)})
 
 
 def find(results: list[dict[str, Any]], model: str, settings: Settings) -> dict[str, Any] | None:

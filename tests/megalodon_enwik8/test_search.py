@@ -112,8 +112,7 @@ def test_the_committed_plan_is_one_and_its_runs_are_of_it() -> None:
     results = Path(__file__).parents[2] / "results"
     plan = search.read_plan(str(results / "search.yaml"))
     rows = search.read_results(results / "search.jsonl")
-    keys = {model: {key for key, _ in search.tries(plan, model)} for model in plan.base}
-    assert all(row["settings"].keys() == keys[row["model"]] | plan.start.keys() for row in rows)
+    assert all([*row["settings"]] == search.set_keys(plan, row["model"]) for row in rows)
 
 
 def test_another_file_is_not_written_to(make_plan: MakePlan, tmp_path: Path) -> None:
