@@ -1,0 +1,95 @@
+"""The machine: which device to use, its memory, and what it calls itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from megalodon_enwik8.safety import UserError
+
+if sys.platform != "win32":
+    import resource
+
+DEVICES = ("cuda", "mps", "cpu")
+
+
+def choose_device() -> torch.device:
+    """The device named by FORCE_DEVICE, else the first of CUDA, MPS and CPU that is there.
+
+    Raises UserError for an unknown or absent device.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [name for name in DEVICES if present.get(name, True)]
+    forced = os.environ.get("FORCE_DEVICE", "").strip().lower() or available[0]
+    if forced not in DEVICES:
+        raise UserError(f"FORCE_DEVICE={forced}: must be one of {', '.join(DEVICES)}")
+    if forced not in available:
+        raise UserError(
+            f"FORCE_DEVICE={forced}: PyTorch {torch.__version__} finds no such device here; "
+            f"use {' or '.join(available)}"
+        )
+    return torch.device(forced)
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """bfloat16 autocast. float16 is not served: it overflows in Megalodon's cumulative norm."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc, where that is the allocator, keep freed memory for the next allocation.
+
+    A training step frees and takes the same gigabyte every time. Given back to the system in
+    between, each page of it costs a fault and is zeroed anew: a tenth of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+        for name, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_threshold, 2**30)):
+            mallopt(name, value)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory held so far: by tensors on a CUDA device, else by the whole process.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would report the parent's peak where that was higher: exec does not reset it.
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # the other Unixes count in KiB
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, the CPU's or the GPU's allocator says so; each has its own way."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} of {os.cpu_count()} cores)"
+    return device.type
+
+
+def processor_name() -> str:
+    """What the CPU calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
