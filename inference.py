@@ -12,8 +12,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalodon_enwik8.command_line import Parser, number, whole_number
-from megalodon_enwik8.errors import UserError, run_main
+from megalodon_enwik8.safety import Parser, UserError, number, run_main, whole_number
 
 MAX_PROMPT_BYTES = 1 << 26
 
@@ -116,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = read_prompt(options)
     # Imported after the command line is known to be good: torch takes seconds to load.
     from megalodon_enwik8.checkpoint import load_checkpoint
+    from megalodon_enwik8.device import choose_device
     from megalodon_enwik8.generation import ByteStreamer, generate_bytes
     from megalodon_enwik8.models import restore_model
-    from megalodon_enwik8.utils import choose_device, ran_out_of_memory
 
     device = choose_device()
     path = Path(options.checkpoint)
@@ -133,23 +132,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
 
     began = time.perf_counter()
-    try:
-        generate_bytes(
-            model,
-            prompt,
-            length=options.max_length,
-            seed=options.seed,
-            temperature=options.temperature,
-            min_p=options.min_p,
-            top_k=options.top_k,
-            streamer=ByteStreamer(write),
-        )
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory: give a shorter prompt than {len(prompt)} bytes, or lower --max-length"
-        ) from None
+    generate_bytes(
+        model,
+        prompt,
+        length=options.max_length,
+        seed=options.seed,
+        temperature=options.temperature,
+        min_p=options.min_p,
+        top_k=options.top_k,
+        streamer=ByteStreamer(write),
+    )
     seconds = time.perf_counter() - began
     write("\n")
     print(
@@ -160,5 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+OUT_OF_MEMORY = "give a shorter prompt, or lower --max-length"
+
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]), OUT_OF_MEMORY)

@@ -6,8 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megalodon_enwik8.command_line import Parser
-from megalodon_enwik8.errors import UserError, run_main
+from megalodon_enwik8.safety import Parser, run_main
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -16,12 +15,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--resume",
         nargs="?",
-        const="",
+        const="newest",
         metavar="CHECKPOINT",
         help="go on from this checkpoint, or from the newest valid one of the run folder",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run that the run folder holds"
+        "--overwrite", action="store_true", help="start over; the old run folder is renamed"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces the config's value"
@@ -30,9 +29,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if options.resume and "=" in options.resume and not options.resume.endswith(".pt"):
         # `--resume key=value`: the optional path swallowed an override.
         options.overrides.insert(0, options.resume)
-        options.resume = ""
+        options.resume = "newest"
     if options.overwrite and options.resume is not None:
-        parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
+        parser.error("--resume goes on with a run, --overwrite starts over: give one of them")
     return options
 
 
@@ -44,18 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(options.config, options.overrides)
 
     from megalodon_enwik8.training import train
-    from megalodon_enwik8.utils import ran_out_of_memory
 
-    try:
-        return train(config, resume=options.resume, overwrite=options.overwrite)
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory: lower batch_size={config.batch_size} and raise grad_accum_every="
-            f"{config.grad_accum_every} as much, or set gradient_checkpointing: true"
-        ) from None
+    return train(config, resume=options.resume, overwrite=options.overwrite)
 
+
+OUT_OF_MEMORY = "lower batch_size and raise grad_accum_every, or set gradient_checkpointing: true"
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]), OUT_OF_MEMORY)

@@ -1,14 +1,14 @@
 """The state of a Megalodon: fixed in size, whatever the length of the text."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from .configuration_megalodon import MegalodonConfig
+from .ops.cema import CEMAStepCoefficients
 from .ops.chunk_attention import AttentionState
 from .ops.timestep_norm import TimestepNormState
 
@@ -43,10 +43,13 @@ class MegalodonCache(Cache):
     Pass the cache of one call as ``cache`` of the next, with the tokens that follow.
     The model fills the same object.
 
+    While single tokens are decoded, without gradients, the cache also keeps what CEMA multiplies
+    with at each of them, which takes longer to compute than the step does. Any other call drops
+    it, and so do :meth:`reset`, :meth:`map` and copying: weights must not change between two
+    single steps of one cache, unless one of these lies between.
+
     Args:
         config: the model's.
-        truncated: for truncated backpropagation through time: whether states come cut off from
-            the graph that made them. Cheaper than :meth:`detach` where blocks are compiled.
 
     Attributes:
         states: one :class:`LayerState` a layer, empty before the first call.
@@ -54,12 +57,12 @@ class MegalodonCache(Cache):
         lengths: (B,) int64, tokens of each row's document so far, without padding.
         uniform_length: the same as a number where all rows agree, else ``None``.
         positions: positions seen, padding included.
+        kept: what single steps multiply with, of each CEMA that has decoded one.
     """
 
-    def __init__(self, config: MegalodonConfig, *, truncated: bool = False) -> None:
+    def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(layers=[])
         self.signature = _signature(config)
-        self.truncated = truncated
         self.reset()
 
     def reset(self) -> None:
@@ -69,6 +72,16 @@ class MegalodonCache(Cache):
         self.lengths: Tensor | None = None
         self.uniform_length: int | None = 0
         self.positions = 0
+        self.kept: dict[nn.Module, CEMAStepCoefficients] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}}  # whose keys would be copied too: parts of a model
+
+    def keep_for(self, step: bool) -> dict[nn.Module, CEMAStepCoefficients] | None:
+        """What is kept for a call that is a single step; else ``None``, and it is dropped."""
+        if not step:
+            self.kept = {}
+        return self.kept if step else None
 
     def check(self, config: MegalodonConfig, batch_size: int) -> None:
         """Raise ValueError if the cache is another model's or another batch's."""
@@ -95,7 +108,7 @@ class MegalodonCache(Cache):
         """Take in the states after `positions` more positions; uniform says whether every row
         took all of them, without padding or borders."""
         self.states = states
-        self.final_norm = map_state(Tensor.detach, final_norm) if self.truncated else final_norm
+        self.final_norm = final_norm
         self.lengths = final_norm.steps
         if uniform and self.uniform_length is not None:
             self.uniform_length += positions
@@ -105,6 +118,10 @@ class MegalodonCache(Cache):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MegalodonCache":
         """Apply a function to every tensor, in place of the old ones. Returns the cache."""
+        self.kept = {}  # may belong on another device
+        return self._map_states(function)
+
+    def _map_states(self, function: Callable[[Tensor], Tensor]) -> "MegalodonCache":
         if self.final_norm is not None:
             self.states = [map_state(function, state) for state in self.states]
             self.final_norm = map_state(function, self.final_norm)
@@ -122,114 +139,10 @@ class MegalodonCache(Cache):
         if made_there and not torch.is_inference_mode_enabled():
             self.map(torch.clone)
 
-    def split(self, rows: int) -> list["MegalodonCache"]:
-        """Caches of so many rows each, the last of what remains. They share this cache's memory,
-        which is not to be used afterwards. Raises ValueError for an empty cache."""
-        if self.lengths is None:
-            raise ValueError("an empty cache has no rows to split: make new caches in its place")
-        parts = zip(*(tensor.split(rows) for tensor in self._flat()), strict=True)
-        caches = []
-        for tensors in parts:
-            caches.append(copy.copy(self))
-            caches[-1]._unflatten(tensors)
-        return caches
-
-    @staticmethod
-    def concatenate(caches: Sequence["MegalodonCache"]) -> "MegalodonCache":
-        """One cache with the rows of all. Raises ValueError where one is empty, comes from another
-        model or has seen another number of positions."""
-        first = caches[0]
-        for cache in caches:
-            if cache.lengths is None:
-                raise ValueError("an empty cache has no rows to concatenate")
-            if (cache.signature, cache.positions) != (first.signature, first.positions):
-                raise ValueError("only caches of one model at one position can be concatenated")
-        together = [torch.cat(parts) for parts in zip(*(c._flat() for c in caches), strict=True)]
-        result = copy.copy(first)
-        result._unflatten(together)
-        if any(cache.uniform_length != first.uniform_length for cache in caches):
-            result.uniform_length = None
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the cache as plain numbers and tensors, which torch.load reads with
-        weights_only=True."""
-        return {
-            "signature": dict(self.signature),
-            "positions": self.positions,
-            "uniform_length": self.uniform_length,
-            "tensors": [tensor.detach().clone() for tensor in self._flat()],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> "MegalodonCache":
-        """Become what :meth:`state_dict` was taken of, in tensors of its own. Returns the cache.
-
-        Raises ValueError for the state of another model, or a damaged one.
-        """
-        if not isinstance(state, dict) or not state.keys() >= self.state_dict().keys():
-            raise ValueError("this is not the state of a MegalodonCache")
-        sizes = state["signature"]
-        if not isinstance(sizes, dict) or not all(type(size) is int for size in sizes.values()):
-            raise ValueError("this state is damaged: its signature holds no sizes")
-        if sizes != self.signature:
-            raise ValueError(
-                f"this state is of another model: {sizes}, this model has {self.signature}"
-            )
-        tensors, positions, length = (
-            state[key] for key in ("tensors", "positions", "uniform_length")
-        )
-        counts = [positions] if length is None else [positions, length]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("this state is damaged: its counts are no whole numbers")
-        if not isinstance(tensors, list) or not all(isinstance(t, Tensor) for t in tensors):
-            raise ValueError("this state is damaged: it holds no list of tensors")
-        if not tensors:
-            self.reset()
-            return self
-        rows = tensors[0].shape
-        if len(rows) != 1 or [t.shape for t in tensors] != [(*rows, *s) for s in self._shapes()]:
-            raise ValueError("this state is damaged: its tensors have the wrong shapes")
-        counters = [t for t in tensors if t.dtype == torch.int64]
-        if len(counters) != self.signature["num_layers"] + 1 or not all(
-            t.is_floating_point() or t.dtype == torch.int64 for t in tensors
-        ):
-            raise ValueError("this state is damaged: its tensors have the wrong types")
-        # Of its own: decoding writes to the state in place.
-        self._unflatten([tensor.detach().clone() for tensor in tensors])
-        self.positions, self.uniform_length = positions, length
-        return self
-
-    def _flat(self) -> list[Tensor]:
-        """All tensors in a fixed order: norm, CEMA and attention of each layer, the last norm."""
-        return [] if self.final_norm is None else _tensors((*self.states, self.final_norm))
-
-    def _unflatten(self, tensors: Sequence[Tensor]) -> None:
-        """The inverse of :meth:`_flat`, for at least the tensors of one row."""
-        rest = iter(tensors)
-
-        def norm() -> TimestepNormState:
-            return TimestepNormState(next(rest), next(rest), next(rest))
-
-        self.states = [
-            LayerState(norm(), next(rest), AttentionState(next(rest), next(rest)))
-            for _ in range(self.signature["num_layers"])
-        ]
-        self.final_norm = norm()
-        self.lengths = self.final_norm.steps
-
-    def _shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of :meth:`_flat`, without the rows."""
-        c = self.signature
-        groups, heads = (c["norm_num_groups"],), c["num_heads"]
-        norm = [(), groups, groups]
-        attention = [(c["chunk_size"], heads, c[key] // heads) for key in ("z_dim", "value_dim")]
-        layer = [*norm, (c["model_dim"], c["cema_ndim"], 2), *attention]
-        return layer * c["num_layers"] + norm
-
     @property
     def nbytes(self) -> int:
         """Size of the state in bytes; the same at position ten and at ten million."""
-        return sum(t.nbytes for t in self._flat())
+        return sum(tensor.nbytes for tensor in _tensors((self.states, self.final_norm or ())))
 
     @property
     def batch_size(self) -> int:
@@ -257,10 +170,10 @@ class MegalodonCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.map(lambda t: t.index_select(0, indices.to(t.device)))
+        self._map_states(lambda t: t.index_select(0, indices.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._map_states(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:

@@ -10,7 +10,6 @@ from transformers import GenerationConfig, GenerationMixin
 from .cache import MegalodonCache
 from .compat import CACHE_NAME, pop_cache
 from .configuration_megalodon import MegalodonConfig
-from .layout import document_positions
 
 
 class MegalodonGenerationMixin(GenerationMixin):
@@ -26,11 +25,10 @@ class MegalodonGenerationMixin(GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """transformers' own. `segment_ids` may say where the documents of a packed prompt begin.
+        """transformers' own.
 
         Raises:
-            ValueError: for prompts padded on the right, another kind of cache, and segment_ids
-                beside a cache that holds text.
+            ValueError: for prompts padded on the right, and another kind of cache.
         """
 
         def option(name: str) -> Any:
@@ -43,20 +41,15 @@ class MegalodonGenerationMixin(GenerationMixin):
                 f"cache_implementation={kind!r}: a Megalodon has one kind of cache, fixed in "
                 "size already; leave it unset"
             )
-        embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
             raise ValueError(
                 "attention_mask ends in padding, where there is no token to go on from: pad "
                 "prompts on the left (tokenizer.padding_side = 'left')"
             )
         cache = pop_cache(kwargs)
-        segment_ids = kwargs.pop("segment_ids", None)
-        if segment_ids is not None:
-            # As positions, which `generate` cuts and continues; other ids it would hand on whole.
-            prompt = next(p for p in (embeddings, inputs, kwargs.get("input_ids")) if p is not None)
-            positions = document_positions(segment_ids, mask, cache, *prompt.shape[:2])
-            kwargs["position_ids"] = positions
-        if cache is None and (embeddings is not None or option("use_cache") is not False):
+        use_cache = option("use_cache") is not False or kwargs.get("inputs_embeds") is not None
+        if cache is None and use_cache:
             cache = MegalodonCache(self.config)
         if cache is not None:
             kwargs[CACHE_NAME] = cache

@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import MegalodonCache
-from .ops.cema import BLOCK
+from .ops.cema import BLOCK, CEMAStepCoefficients
 from .ops.segments import Segments, build_segments
 
 
@@ -20,7 +20,7 @@ class Layout:
     segments: padding and document borders, ``None`` for plain text.
     return_state: whether the states after the last token are wanted.
     fused: whether attention runs by PyTorch's fused operation.
-    truncated: whether they are cut off from the graph that makes them.
+    kept: the cache's, where one further token is decoded; else ``None``.
     """
 
     rotary: Tensor
@@ -28,7 +28,7 @@ class Layout:
     segments: Segments | None
     return_state: bool
     fused: bool
-    truncated: bool
+    kept: dict[nn.Module, CEMAStepCoefficients] | None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device. accelerate calls it for each block, so that the blocks of
@@ -54,7 +54,6 @@ def read_layout(
     x: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    segment_ids: Tensor | None,
     cache: MegalodonCache | None,
     rotary: Tensor,
     chunk_size: int,
@@ -68,12 +67,13 @@ def read_layout(
     lengths = None
     if cache is not None and cache.lengths is not None:
         lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
-    border = document_borders(position_ids, segment_ids, mask, lengths, batch, length)
+    border = document_borders(position_ids, mask, lengths, batch, length)
     uniform = 0 if cache is None else cache.uniform_length
-    truncated = cache is not None and cache.truncated
 
     def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
-        return Layout(rotary, offset, segments, return_state, fused, truncated)
+        step = length == 1 and lengths is not None and segments is None
+        kept = None if cache is None else cache.keep_for(step and not torch.is_grad_enabled())
+        return Layout(rotary, offset, segments, return_state, fused, kept)
 
     if mask is None and border is None:
         if length == 1 and lengths is not None and uniform is None and return_state:
@@ -114,7 +114,6 @@ def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int)
 
 def document_borders(
     position_ids: Tensor | None,
-    segment_ids: Tensor | None,
     mask: Tensor | None,
     lengths: Tensor | None,
     batch: int,
@@ -124,72 +123,36 @@ def document_borders(
 
     mask: (B, L) bool or ``None``. lengths: (B,), tokens in the cache, or ``None``.
     """
-    border = None
-    if position_ids is not None:
-        position_ids = _as_rows("position_ids", position_ids, batch, length)
-        decoding = length == 1 and mask is None and segment_ids is None
-        if decoding and lengths is not None and torch.equal(position_ids[:, 0], lengths):
-            return None  # where every operation counts
-        before = _previous_valid(position_ids, mask)
-        first = before < 0
-        border = (position_ids != before + 1) & ~first
-        if lengths is not None:
-            seen = lengths.unsqueeze(1)
-            restart = first & (position_ids == 0) & (seen > 0)
-            wrong = first & (position_ids != seen) & ~restart
-            if mask is not None:
-                wrong = wrong & mask
-            if wrong.any():
-                raise ValueError(
-                    "position_ids do not continue the cache: a row's first position must be the "
-                    "number of its tokens in the cache, or 0 for a new document"
-                )
-            border = border | restart
-    if segment_ids is not None:
-        segment_ids = _as_rows("segment_ids", segment_ids, batch, length)
-        if bool((segment_ids < 0).any()):
-            raise ValueError("segment_ids must not be negative; mark padding in attention_mask")
-        if position_ids is None and lengths is not None and bool((lengths > 0).any()):
-            raise ValueError(
-                "segment_ids do not tell whether a row's first document goes on from the cache: "
-                "pass position_ids, which go on from its tokens there or begin with 0"
-            )
-        before = _previous_valid(segment_ids, mask)
-        change = (segment_ids != before) & (before >= 0)
-        border = change if border is None else border | change
-    if border is None:
+    if position_ids is None:
         return None
+    if position_ids.dim() == 1:
+        position_ids = position_ids.unsqueeze(0)
+    if position_ids.shape not in ((1, length), (batch, length)):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it must be ({batch}, {length})"
+        )
+    position_ids = position_ids.expand(batch, length)
+    decoding = length == 1 and mask is None
+    if decoding and lengths is not None and torch.equal(position_ids[:, 0], lengths):
+        return None  # where every operation counts
+    before = _previous_valid(position_ids, mask)
+    first = before < 0
+    border = (position_ids != before + 1) & ~first
+    if lengths is not None:
+        seen = lengths.unsqueeze(1)
+        restart = first & (position_ids == 0) & (seen > 0)
+        wrong = first & (position_ids != seen) & ~restart
+        if mask is not None:
+            wrong = wrong & mask
+        if wrong.any():
+            raise ValueError(
+                "position_ids do not continue the cache: a row's first position must be the "
+                "number of its tokens in the cache, or 0 for a new document"
+            )
+        border = border | restart
     if mask is not None:
         border = border & mask
     return border if border.any() else None
-
-
-def document_positions(
-    segment_ids: Tensor,
-    attention_mask: Tensor | None,
-    cache: MegalodonCache | None,
-    batch: int,
-    length: int,
-) -> Tensor:
-    """Positions (B, L) that say what segment_ids say: 0 where a document begins, and at padding.
-    Raises ValueError for a cache that holds text."""
-    mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
-    lengths = None if cache is None else cache.lengths
-    border = document_borders(None, segment_ids, mask, lengths, batch, length)
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.bool, device=segment_ids.device)
-    count = mask.long().cumsum(1) - 1
-    if border is not None:
-        count = count - torch.where(border, count, 0).cummax(1).values
-    return count.masked_fill(~mask, 0)
-
-
-def _as_rows(name: str, ids: Tensor, batch: int, length: int) -> Tensor:
-    if ids.dim() == 1:
-        ids = ids.unsqueeze(0)
-    if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be ({batch}, {length})")
-    return ids.expand(batch, length)
 
 
 def _previous_valid(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -206,14 +169,13 @@ def mask_labels(
     labels: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    segment_ids: Tensor | None,
-    ignore_index: int = -100,
+    ignore_index: int,
 ) -> Tensor:
     """Labels (B, L) without those that no token of the same document predicts: padding, the first
     token after padding, and the first token of a document."""
     batch, length = labels.shape
     mask = read_mask(attention_mask, batch, length, 0)
-    border = document_borders(position_ids, segment_ids, mask, None, batch, length)
+    border = document_borders(position_ids, mask, None, batch, length)
     if border is not None:
         labels = labels.masked_fill(border, ignore_index)
     if mask is not None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache import LayerState, MegalodonCache, map_state
+from .cache import LayerState, MegalodonCache
 from .compat import CACHE_NAME, CausalLMOutput, ModelOutput, one_cache
 from .configuration_megalodon import MegalodonConfig
 from .generation import MegalodonGenerationMixin
@@ -71,10 +71,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
             return out, None
         assert cema_state is not None
         assert attention_state is not None
-        after = LayerState(norm_state, cema_state, attention_state)
-        # Cut off inside the block: a compiled one would else run the backward of every state,
-        # from gradients of zero.
-        return out, map_state(Tensor.detach, after) if layout.truncated else after
+        return out, LayerState(norm_state, cema_state, attention_state)
 
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
@@ -197,7 +194,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
         position_ids: Tensor | None = None,
         cache: MegalodonCache | None = None,
         inputs_embeds: Tensor | None = None,
-        segment_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -214,8 +210,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 Their absolute value has no other meaning: Megalodon's only positions are those
                 inside a chunk.
             cache: the state after the text before, which is then brought up to date.
-            segment_ids: (B, L) document numbers; where they change, a new document begins. With a
-                cache that holds text, pass position_ids.
             use_cache: whether to return the state. Default: the config's `use_cache` when
                 evaluating, False when training.
             output_hidden_states: whether to return the input of every block as well, and the
@@ -259,7 +253,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
             x,
             attention_mask,
             position_ids,
-            segment_ids,
             cache,
             self._rotary(x.device),
             self.config.chunk_size,
@@ -352,7 +345,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         position_ids: Tensor | None = None,
         cache: MegalodonCache | None = None,
         inputs_embeds: Tensor | None = None,
-        segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -382,7 +374,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
             position_ids=position_ids,
             cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
-            segment_ids=segment_ids,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -401,7 +392,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 raise ValueError("a loss needs the logits of all positions: logits_to_keep=0")
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
-            labels = mask_labels(labels, attention_mask, position_ids, segment_ids, ignore_index)
+            labels = mask_labels(labels, attention_mask, position_ids, ignore_index)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

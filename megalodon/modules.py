@@ -10,13 +10,7 @@ from transformers import initialization as init
 
 from .configuration_megalodon import MegalodonConfig
 from .layout import Layout
-from .ops.cema import (
-    CEMAStepCoefficients,
-    cema,
-    cema_coefficients,
-    cema_step,
-    cema_step_coefficients,
-)
+from .ops.cema import cema, cema_coefficients, cema_step, cema_step_coefficients
 from .ops.cema_blocks import CEMACoefficients
 from .ops.chunk_attention import apply_rotary
 from .ops.elementwise import rms_norm, swiglu
@@ -98,21 +92,6 @@ class MegalodonLayerNorm(Float32Module):
         return y.to(compute_dtype(x))
 
 
-class _KeptForSteps:
-    """Step coefficients, and the parameters as they were; these are held, so that no other tensor
-    can come to lie at the place of one."""
-
-    def __init__(self, parameters: list[nn.Parameter], c: CEMAStepCoefficients) -> None:
-        self.coefficients = c
-        self.parameters = [(p.detach(), p._version) for p in parameters]
-
-    def made_of(self, parameters: list[nn.Parameter]) -> bool:
-        return all(
-            now.data_ptr() == then.data_ptr() and now._version == version
-            for now, (then, version) in zip(parameters, self.parameters, strict=True)
-        )
-
-
 class MegalodonCEMA(Float32Module):
     """See :func:`megalodon.ops.cema.cema`; gamma holds real and imaginary part in its last axis."""
 
@@ -122,37 +101,21 @@ class MegalodonCEMA(Float32Module):
         self.alpha, self.delta = _zeros(dim, order), _zeros(dim, order)
         self.theta, self.omega = _zeros(dim), _zeros(dim)
         self.gamma = _zeros(dim, order, 2)
-        self._kept: _KeptForSteps | None = None
 
     def forward(
         self, x: Tensor, state: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        one_more = x.shape[1] == 1 and state is not None and layout.segments is None
-        if one_more and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            assert state is not None
-            return cema_step(x, self._step_coefficients(), state)
-        if self._kept is not None:
-            self._kept = None
-        return cema(
-            x, self._coefficients(), state, layout.segments, return_state=layout.return_state
-        )
+        if torch.compiler.is_compiling() or layout.kept is None:
+            return cema(
+                x, self._coefficients(), state, layout.segments, return_state=layout.return_state
+            )
+        assert state is not None
+        if self not in layout.kept:
+            layout.kept[self] = cema_step_coefficients(self._coefficients())
+        return cema_step(x, layout.kept[self], state)
 
     def _coefficients(self) -> CEMACoefficients:
         return cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)
-
-    def _step_coefficients(self) -> CEMAStepCoefficients:
-        """What a step multiplies with, kept from step to step, for it takes longer to compute
-        than the step does. It is computed anew where a parameter is another one or has changed in
-        place; a write to its `.data`, of which there is no trace, counts from the first forward
-        pass on that is no further step."""
-        parameters = [self.alpha, self.delta, self.theta, self.gamma, self.omega]
-        if any(p.is_inference() for p in parameters):  # these do not count their changes
-            return cema_step_coefficients(self._coefficients())
-        kept = self._kept
-        if kept is None or not kept.made_of(parameters):
-            coefficients = cema_step_coefficients(self._coefficients())
-            kept = self._kept = _KeptForSteps(parameters, coefficients)
-        return kept.coefficients
 
     def reset_parameters(self) -> None:
         """Initialise as the paper's code does; safe on already loaded parameters."""

@@ -1,53 +1,456 @@
-"""Benchmarks of both models, side by side: python -m megalodon_enwik8.benchmark train|context"""
+"""Speed and memory of both models, side by side: python -m megalodon_enwik8.benchmark train|context
+
+Machines are noisy, and what a process did before stays in its memory: every task is measured in a
+fresh process, the models take turns, and what counts are ratios of what ran next to each other.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
 
-from megalodon_enwik8 import benchmark_context
-from megalodon_enwik8.command_line import Parser, whole_number
-from megalodon_enwik8.errors import run_main
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from megalodon.compat import CACHE_NAME
+from megalodon_enwik8 import device as machine
+from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.models import (
+    build_model,
+    compile_layers,
+    decoder_layers,
+    keeps_a_state,
+    new_state,
+)
+from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
+from megalodon_enwik8.training import make_optimizer, train_step
+
+MODELS = ("megalodon", "llama")
+SEQUENCES = 16  # in a step of `train`, as the protocol has it
+CONTEXTS = [512 * 2**i for i in range(9)]  # 512 ... 131,072
+
+# A Megalodon reads a prompt so many tokens at a time, which bounds its memory.
+PREFILL_PIECE = 65_536
+
+Figures = dict[str, Any]
+Step = Callable[[], Any]
+Record = Callable[[Figures, "Task", Figures], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure. Lengths are in bytes.
+
+    kind: "turns": steps of both models by turns, and the products of each. "train": the first
+    step and the fastest. "decode": reading a prompt of `context` bytes, then writing on.
+    tokens: in a step, in sequences of `context`, at least one; `micro_batch` of them at a time.
+    repetitions: after a first one; in "train" and "decode", none begins after so many `seconds`.
+    """
+
+    kind: str
+    model: str  # "both" for turns
+    context: int
+    tokens: int
+    repetitions: int
+    seconds: float = 60
+    micro_batch: int | None = None  # None: all
+    layers: int | None = None  # None: the comparison's
+    chunk_size: int | None = None  # None: the comparison's
+    new_tokens: int = 0
+    use_autocast: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+    def config(self, model: str) -> ExperimentConfig:
+        """The widths of the comparison, with the task's depth and lengths."""
+        sequences = max(1, self.tokens // self.context)
+        micro_batch = self.micro_batch or sequences
+        values: dict[str, Any] = {
+            "run_dir": "unused",
+            "model": model,
+            "seq_len": self.context,
+            "batch_size": micro_batch,
+            "grad_accum_every": sequences // micro_batch,
+            "use_autocast": self.use_autocast,
+            "compile": self.compile,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+        if model == "megalodon":
+            values |= {"num_layers": self.layers, "chunk_size": self.chunk_size}
+        else:
+            values |= {"depth": self.layers, "ffn_dim_multiplier": 2.67}
+        given = {key: value for key, value in values.items() if value is not None}
+        return make_config(given, "the benchmark")
+
+
+def measure_apart(task: Task, limit: float, cache: str) -> Figures:
+    """The task's figures, taken by a fresh process; or, under "failed", why there are none.
+
+    limit: in seconds; cache: a folder for compiled code, in place of the user's own.
+    """
+    command = [sys.executable, "-m", "megalodon_enwik8.benchmark", "task", json.dumps(asdict(task))]
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": cache,
+        "TRITON_CACHE_DIR": f"{cache}/triton",
+    }
+    try:
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {limit:g} s"}
+    if result.returncode < 0:
+        hint = ", as the system does when memory runs out" if result.returncode == -9 else ""
+        return {"failed": f"killed by signal {-result.returncode}{hint}"}
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        return {"failed": lines[-1].removeprefix("error: ")}
+    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    return figures
+
+
+def measure(task: Task) -> Figures:
+    """The task's figures, taken by this process. Raises UserError where memory runs out."""
+    machine.keep_freed_memory()
+    device = machine.choose_device()
+    measure_kind = {"turns": _turns, "train": _train, "decode": _decode}[task.kind]
+    try:
+        figures = measure_kind(task, device)
+    except Exception as error:
+        if machine.ran_out_of_memory(error):
+            raise UserError("out of memory") from None
+        raise
+    return {
+        **figures,
+        "peak_memory_bytes": machine.peak_memory_bytes(device),
+        "device": machine.device_name(device),
+        "torch": torch.__version__,
+    }
+
+
+def _turns(task: Task, device: torch.device) -> Figures:
+    """Of each model a step, and its products, which bound it; and the ratio of the models."""
+    steps, products = [], []
+    for name in MODELS:
+        config = task.config(name)
+        model = _build(config, device)
+        steps.append(_stepper(model, config))
+        products.append(_matrix_products(model, config))
+    # In this order the steps are next to each other, and each is next to its products.
+    times = by_turns([products[0], *steps, products[1]], task.repetitions, device)
+    figures: Figures = {"time": ratio(times[1], times[2])}
+    for name, step, bound in zip(MODELS, times[1:3], times[::3], strict=True):
+        figures[name] = {
+            "step_seconds": median(step),
+            "step_seconds_least": min(step),
+            "tokens_per_second": task.tokens / median(step),
+            "matrix_products_seconds": median(bound),
+            "step_over_matrix_products": ratio(step, bound),
+        }
+    return figures
+
+
+def by_turns(functions: Sequence[Step], rounds: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each function's calls; one round more, first, is not counted."""
+    times = [[_seconds(function, device) for function in functions] for _ in range(rounds + 1)]
+    return [list(column) for column in zip(*times[1:], strict=True)]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median over neighbouring pairs."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _train(task: Task, device: torch.device) -> Figures:
+    """The first step and the fastest: a machine's other work can only make a step slower."""
+    config = task.config(task.model)
+    times = _repeat(_stepper(_build(config, device), config), task, device)
+    return {
+        "rows": config.sequences_per_step,
+        "first_step_seconds": times[0],
+        "compile_seconds": max(0.0, times[0] - times[1]) if task.compile else None,
+        "step_seconds": min(times),
+        "steps": len(times),
+        "tokens_per_second": config.sequences_per_step * task.context / min(times),
+    }
+
+
+@torch.no_grad()
+def _decode(task: Task, device: torch.device) -> Figures:
+    """Reading a prompt and writing greedily, in float32 as inference.py does, one row."""
+    model = _build(task.config(task.model), device).eval()
+    prompt = torch.randint(256, (1, task.context), device=device)
+    token = prompt[:, -1:]
+    cache: Any = None
+
+    def read() -> None:
+        nonlocal cache
+        cache = new_state(model) if keeps_a_state(model) else None
+        for piece in prompt.split(PREFILL_PIECE if keeps_a_state(model) else task.context, dim=1):
+            output = model(piece, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+            cache = output[CACHE_NAME]
+
+    def write() -> None:
+        nonlocal token
+        output = model(token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        token = output.logits[:, -1:].argmax(-1)
+
+    reading = min(_repeat(read, task, device))
+    if task.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
+        for _ in range(8):  # among them one for a first size, and one for all others
+            write()
+    writing = median(_seconds(write, device) for _ in range(task.new_tokens))
+    if keeps_a_state(model):
+        state_bytes = cache.nbytes
+    else:
+        state_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {
+        "prefill_seconds": reading,
+        "prefill_tokens_per_second": task.context / reading,
+        "decode_seconds": writing,
+        "decode_tokens_per_second": 1 / writing,
+        "state_bytes": state_bytes,
+    }
+
+
+def _build(config: ExperimentConfig, device: torch.device) -> PreTrainedModel:
+    model = build_model(config)
+    model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def _stepper(model: PreTrainedModel, config: ExperimentConfig) -> Step:
+    """A function that trains the model for one step of random bytes."""
+    compile_layers(model.train(), config)
+    optimizer = make_optimizer(model, config)
+    shape = (config.sequences_per_step, config.seq_len + 1)
+    batch = torch.randint(256, shape, device=next(model.parameters()).device)
+    return lambda: train_step(model, optimizer, batch, config)
+
+
+def _matrix_products(model: nn.Module, config: ExperimentConfig) -> Step:
+    """A step's products with weight matrices alone, in bfloat16: forward, three times over.
+
+    A backward pass has two products of the same size for each. Attention, the moving average,
+    and everything that is not a product with a weight matrix are left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [layer.weight.detach().bfloat16() for layer in layers]
+    widths = {weight.shape[1] for weight in weights}
+    rows = config.batch_size * config.seq_len
+    x = {width: torch.randn_like(weights[0].new_empty(rows, width)) for width in widths}
+
+    def products() -> None:
+        for _ in range(3 * config.grad_accum_every):
+            for weight in weights:
+                F.linear(x[weight.shape[1]], weight)
+
+    return products
+
+
+def _repeat(function: Step, task: Task, device: torch.device) -> list[float]:
+    """Seconds of each call; where the first one compiles, there is a second in any case."""
+    times: list[float] = []
+    least = 1 + task.compile
+    while len(times) < least or (len(times) <= task.repetitions and sum(times) < task.seconds):
+        times.append(_seconds(function, device))
+    return times
+
+
+def _seconds(function: Step, device: torch.device) -> float:
+    wait = getattr(torch, device.type).synchronize
+    wait()
+    began = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - began
+
+
+def run(
+    options: argparse.Namespace, tasks: Sequence[Task], measured: Figures, record: Record
+) -> None:
+    """Measure task after task, and bring the file up to date each time, so that none is lost.
+
+    A task that comes a second time finds the compiled code of its first; else there is none.
+    """
+    path = Path(options.out) / f"{options.command}.json"
+    with tempfile.TemporaryDirectory() as caches, tqdm(tasks, disable=None) as bar:
+        for task in bar:
+            bar.set_postfix_str(f"{task.model}, {task.kind}, {task.context:,} bytes")
+            record(measured, task, measure_apart(task, options.limit, f"{caches}/{hash(task)}"))
+            with atomic_write(path) as file:
+                file.write((json.dumps(measured, indent=2) + "\n").encode())
+
+
+def run_train(options: argparse.Namespace) -> str:
+    """Training steps, into train.json; returns its tables."""
+    from megalodon_enwik8.report.tables import steps_table
+
+    measured: Figures = {
+        "device": machine.device_name(machine.choose_device()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sequences": SEQUENCES,
+        "seq_len": options.seq_len,
+        "dtype": "bfloat16 autocast",
+        "timed_steps": options.steps,
+        "rows": [],
+        "ratios": [],
+    }
+    tasks = []
+    for size in options.micro_batches:
+        for mode in options.modes:
+            turns = Task(
+                kind="turns",
+                model="both",
+                context=options.seq_len,
+                micro_batch=size,
+                tokens=SEQUENCES * options.seq_len,
+                repetitions=options.steps,
+                compile=mode == "compiled",
+            )
+            starts = [replace(turns, kind="train", model=name, repetitions=1) for name in MODELS]
+            tasks += [turns, *starts, *(starts if turns.compile else [])]
+    run(options, tasks, measured, record_step)
+    return steps_table(measured)
+
+
+def record_step(measured: Figures, task: Task, figures: Figures) -> None:
+    """Two rows and a ratio for steps by turns, to which each model's own starts are added."""
+    key = {"mode": "compiled" if task.compile else "eager", "micro_batch": task.micro_batch}
+    if task.kind == "turns":
+        for name in MODELS:
+            measured["rows"].append({"model": name, **key, **figures.get(name, figures)})
+        measured["ratios"].append({**key, "time": figures.get("time"), "memory": None})
+        return
+    rows = {row["model"]: row for row in measured["rows"][-len(MODELS) :]}
+    row = rows[task.model]
+    if "failed" in figures:
+        row["failed"] = figures["failed"]
+    elif "first_step_seconds" in row:
+        row["second_start_seconds"] = figures["first_step_seconds"]
+    else:
+        names = ("first_step_seconds", "compile_seconds", "peak_memory_bytes")
+        row |= {name: figures[name] for name in names}
+    ours, theirs = (rows[name].get("peak_memory_bytes") for name in MODELS)
+    measured["ratios"][-1]["memory"] = ours / theirs if ours and theirs else None
+
+
+def run_context(options: argparse.Namespace) -> str:
+    """Training, reading and writing at each context, into context.json; returns its tables."""
+    from megalodon_enwik8.report.tables import context_table
+
+    picture = Path(options.out) / "context.png"
+    if options.picture:
+        from megalodon_enwik8.report.pictures import check_can_draw, draw_context
+
+        check_can_draw(picture)
+    measured: Figures = {"rows": []}
+
+    def record(measured: Figures, task: Task, figures: Figures) -> None:
+        measured["rows"].append({**asdict(task), **figures})
+
+    run(options, context_tasks(options), measured, record)
+    if options.picture:
+        draw_context(measured, picture)
+    return context_table(measured)
+
+
+def context_tasks(options: argparse.Namespace) -> list[Task]:
+    """By kind and context, the models by turns; last the Megalodon alone at far positions."""
+    given = vars(options)
+    shared = {field.name: given[field.name] for field in fields(Task) if field.name in given}
+    contexts = sorted(set(options.contexts))
+    places = [(model, context) for context in contexts for model in MODELS]
+    far = [("megalodon", position) for position in sorted(set(options.positions) - set(contexts))]
+    of_kind = {
+        "train": (options.train_layers, places),
+        "decode": (options.decode_layers, places + far),
+    }
+    return [
+        Task(kind, model, context, layers=layers, **shared)
+        for kind, (layers, where) in of_kind.items()
+        for model, context in where
+        if kind in options.measure and model in options.models
+    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m megalodon_enwik8.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="training steps: time, memory, compilation")
-    train.add_argument(
-        "--micro-batches",
-        type=whole_number(1),
-        nargs="+",
-        default=[1, 4, 16],
-        metavar="N",
-        help="sequences at a time; each must divide 16",
-    )
-    train.add_argument("--steps", type=whole_number(1), default=7, help="timed steps of each")
-    train.add_argument(
-        "--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"]
-    )
-    train.add_argument("--seq-len", type=whole_number(1), default=512)
-    train.add_argument("--out", default="runs/benchmark", metavar="DIR", help="for train.json, .md")
-    train.add_argument(
-        "--profile",
-        action="store_true",
-        help="show where one Megalodon step's time goes, and nothing else",
-    )
-    # What a fresh process is asked to measure, by the process that the user started.
-    train.add_argument("--probe", help=argparse.SUPPRESS)
-    benchmark_context.add_parser(commands)
+    context = commands.add_parser("context", help="training, reading, writing against the context")
+    commands.add_parser("task").add_argument("task")  # what a fresh process is asked for
+
+    def count(
+        command: argparse.ArgumentParser, name: str, default: Any, text: str, **more: Any
+    ) -> None:
+        more |= {"nargs": "+"} if isinstance(default, list) else {}
+        more |= {"type": whole_number(1), "default": default, "help": f"{text} (%(default)s)"}
+        command.add_argument(name, metavar="N", **more)
+
+    def some_of(command: argparse.ArgumentParser, name: str, *names: str) -> None:
+        command.add_argument(name, nargs="+", choices=names, default=names, help="(all)")
+
+    def switch(name: str, text: str, off: str | None = None) -> None:
+        action = "store_false" if off else "store_true"
+        context.add_argument(name, action=action, dest=off, help=text)
+
+    divisors = [size for size in range(1, SEQUENCES + 1) if SEQUENCES % size == 0]
+    count(train, "--micro-batches", [1, 4, 16], "sequences at a time, of 16", choices=divisors)
+    count(train, "--steps", 7, "timed steps of each")
+    count(train, "--seq-len", 512, "bytes in a sequence")
+    some_of(train, "--modes", "eager", "compiled")
+    some_of(context, "--measure", "train", "decode")
+    some_of(context, "--models", *MODELS)
+    count(context, "--contexts", CONTEXTS, "lengths in bytes")
+    count(context, "--positions", [1000, 1_000_000], "where the Megalodon alone writes as well")
+    count(context, "--tokens", 32_768, "bytes in a training step, in one row at least")
+    count(context, "--layers", 2, "of the models that train", dest="train_layers")
+    count(context, "--decode-layers", 6, "of the models that write")
+    count(context, "--chunk-size", 256, "of the Megalodon's attention")
+    count(context, "--repetitions", 3, "after a first one; the fastest of all counts")
+    count(context, "--seconds", 60, "begin no further repetition after so long")
+    count(context, "--new-tokens", 100, "to write")
+    switch("--float32", "train without bfloat16 autocast", off="use_autocast")
+    switch("--compile", "train and write with compiled layers")
+    switch("--gradient-checkpointing", "recompute activations in the backward pass")
+    switch("--no-picture", "write no context.png, which needs matplotlib", off="picture")
+    for command in (train, context):
+        count(command, "--limit", 900, "give up a measurement after so many seconds")
+        command.add_argument("--out", default="runs/benchmark", metavar="DIR", help="(%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    if options.command == "context":
-        return benchmark_context.run(options)
-    # Imported after the command line is known to be good: torch takes seconds to load.
-    from megalodon_enwik8 import benchmark_train
-
-    return benchmark_train.run(options)
+    if options.command == "task":
+        print(json.dumps(measure(Task(**json.loads(options.task)))))
+        return 0
+    machine.choose_device()  # its error now, not from every process
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = run_train(options) if options.command == "train" else run_context(options)
+    with atomic_write(folder / f"{options.command}.md") as file:
+        file.write(tables.encode())
+    print(f"{tables}\nwritten: {options.command}.* in {folder}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from megalodon_enwik8.errors import UserError
-
-MAX_CONFIG_BYTES = 1_000_000
+from megalodon_enwik8.safety import UserError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -87,11 +85,11 @@ class ExperimentConfig(BaseModel):
     scale_emb: bool = _megalodon(False)
     share_emb: bool = _megalodon(True)
     output_ffn_bias: bool = _megalodon(True)  # on W_h2 and the three matrices of the FFN
-    # The library's, or fan_in: see fan_in.py
+    # The library's, or fan_in: see models.draw_by_fan_in
     init_mode: Literal["he", "xavier", "bert", "gaussian", "none", "fan_in"] = _megalodon("he")
     hidden_dropout: Probability = _megalodon(0.0)
     dropout: Probability = _megalodon(0.0)
-    ablation: Literal["none", "no_cema", "layer_norm"] = _megalodon("none")  # see ablations.py
+    ablation: Literal["none", "no_cema", "layer_norm"] = _megalodon("none")  # for comparison
 
     # Llama
     dim: Width = _llama(384)
@@ -108,8 +106,6 @@ class ExperimentConfig(BaseModel):
     data_path: PathText = "data/enwik8.gz"  # or `sample`, or any file
     data_bytes: Count | None = None  # read so many bytes; null: 95,000,000 of enwik8, else all
     seq_len: Count = 512
-    carry_state: bool = _megalodon(False)  # the sequences of a step go on where the last ended
-    carry_steps: Count | None = _megalodon(None)  # and begin anew after so many; null: at the end
 
     # Optimisation
     num_batches: Count = 1200  # training steps
@@ -153,30 +149,14 @@ class ExperimentConfig(BaseModel):
             owner = model_of_key(name)
             if owner not in (None, self.model):
                 raise ValueError(
-                    f"{name}={_show(getattr(self, name))}: is a key of model: {owner}, but this is "
+                    f"{name}={getattr(self, name)}: is a key of model: {owner}, but this is "
                     f"model: {self.model}; remove the key or change the model"
                 )
-        if self.model == "megalodon":
-            self._check_multiple("model_dim", "norm_num_groups")
-            self._check_multiple("z_dim", "num_heads")
-            self._check_multiple("value_dim", "num_heads")
-            if self.carry_steps is not None and not self.carry_state:
-                raise ValueError(
-                    f"carry_steps={self.carry_steps}: only a run with carry_state: true carries a "
-                    f"state from step to step; set that, or remove carry_steps"
-                )
-            if self.z_dim // self.num_heads % 2:
-                raise ValueError(
-                    f"z_dim={self.z_dim}: z_dim / num_heads must be even, since RoPE rotates "
-                    f"pairs; try {2 * self.num_heads * (self.z_dim // (2 * self.num_heads) + 1)}"
-                )
-        else:
-            self._check_multiple("dim", "heads")
-            if self.dim_head % 2:
-                raise ValueError(
-                    f"dim_head={self.dim_head}: must be even, since RoPE rotates pairs; "
-                    f"try {self.dim_head + 1}"
-                )
+        if self.model == "llama" and (self.dim % self.heads or self.dim_head % 2):
+            raise ValueError(
+                f"dim={self.dim}: must be a multiple of heads={self.heads}, and "
+                f"dim_head={self.dim_head} even, since RoPE rotates pairs"
+            )
         if self.min_lr and not (self.schedule == "cosine" and self.min_lr <= self.learning_rate):
             raise ValueError(
                 f"min_lr={self.min_lr}: is where schedule: cosine ends, and at most "
@@ -188,14 +168,6 @@ class ExperimentConfig(BaseModel):
                 f"num_batches={self.num_batches}, all steps of the run"
             )
         return self
-
-    def _check_multiple(self, name: str, divisor_name: str) -> None:
-        value, divisor = getattr(self, name), getattr(self, divisor_name)
-        if value % divisor:
-            raise ValueError(
-                f"{name}={value}: must be a multiple of {divisor_name}={divisor}; "
-                f"try {divisor * max(1, round(value / divisor))}"
-            )
 
     @property
     def sequences_per_step(self) -> int:
@@ -252,7 +224,7 @@ def load_config(
             raise UserError(
                 f"command line: {override!r}: expected key=value, as in num_batches=100"
             )
-        values[name] = _parse_yaml(text, f"command line: {_show(name)}")
+        values[name] = _parse_yaml(text, f"command line: {name!r}")
         source[name] = "command line"
     values.setdefault("run_dir", f"runs/{Path(path).stem}")
     return make_config(values, str(path), source)
@@ -267,128 +239,62 @@ def make_config(
         if name not in ExperimentConfig.model_fields:
             near = difflib.get_close_matches(str(name), ExperimentConfig.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else "see megalodon_enwik8/config.py"
-            raise UserError(f"{source.get(name, where)}: {_show(name)}: unknown key; {hint}")
+            raise UserError(f"{source.get(name, where)}: {name}: unknown key; {hint}")
     try:
         return ExperimentConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "value_error":  # of _check_combinations, which names key and value
+        if first["loc"]:
+            key = str(first["loc"][0])
+            shown = " ".join(str(values.get(key)).split())
+            message = f"{key}={shown if len(shown) < 60 else shown[:57] + '...'}: {first['msg']}"
+        else:  # of _check_combinations, which names key and value
             message = str(first["ctx"]["error"])
             key = message.partition("=")[0]
-        else:
-            key = str(first["loc"][0])
-            message = f"{key}={_show(values.get(key))}: {_remedy(key, first)}"
         raise UserError(f"{source.get(key, where)}: {message}") from None
 
 
-def _remedy(key: str, error: Mapping[str, Any]) -> str:
-    """What would have been right, from one of pydantic's errors."""
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "missing":
-        return "is required"
-    if kind == "bool_type":
-        text = "must be true or false"
-    elif kind == "int_type":
-        text = "must be a whole number"
-    elif kind == "float_type":
-        text = "must be a number"
-    elif kind == "finite_number":
-        text = "must be a finite number"
-    elif kind == "string_type" or (kind == "string_pattern_mismatch" and not error["input"]):
-        text = "must be a text (in quotes if it looks like something else)"
-    elif kind in ("string_pattern_mismatch", "string_unicode"):
-        text = "must be a path without control characters"
-    elif kind == "literal_error":
-        text = "must be " + context["expected"].replace("True", "true").replace("False", "false")
-        near = difflib.get_close_matches(
-            str(error["input"]), re.findall(r"'(\w+)'", context["expected"]), n=1
-        )
-        text += f"; did you mean {near[0]}?" if near else ""
-    else:
-        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-        bounds = [f"{signs[name]} {bound}" for name, bound in context.items() if name in signs]
-        text = f"must be {bounds[0]}" if bounds else str(error["msg"])
-    if kind.endswith("_type") and type(None) in getattr(
-        ExperimentConfig.model_fields[key].annotation, "__args__", ()
-    ):
-        text += " or null"
-    if key == "use_autocast":
-        text += "; autocast is to bfloat16, float16 overflows and is not served"
-    return text
-
-
-def _show(value: object) -> str:
-    """A value as YAML would have it, in at most 60 characters (aliases can nest without end)."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "a huge number"
-    if not isinstance(value, (str, int, float)):
-        return f"a {type(value).__name__}"
-    text = str(value)
-    if not text.isprintable():
-        text = repr(text)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key, of which YAML would silently keep the last, and
-    aliases, which let a short file grow without bound and have no use in a flat one."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                problem=f"*{event.anchor} is an alias; write the value itself",
-                problem_mark=event.start_mark,
-            )
-        return super().compose_node(parent, index)
+    """SafeLoader that refuses a repeated key, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = (key_node.tag, key_node.value) if isinstance(key_node.value, str) else None
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key_node.value} is given twice", problem_mark=key_node.start_mark
-                )
-            if key is not None:
-                seen.add(key)
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice} is given twice", problem_mark=node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
 def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as e:
+        # PyYAML's constructors meet odd values with errors of many kinds.
+        mark = getattr(e, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        raise UserError(f"{where}: {line}{error.problem or 'not valid YAML'}") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; a config is flat") from None
-    except (LookupError, TypeError, AttributeError):
-        # What PyYAML's constructors meet such a value with.
-        raise UserError(f"{where}: not valid YAML: a value does not fit its tag") from None
-    except (yaml.YAMLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or str(error).partition("\n")[0]
-        raise UserError(f"{where}: not valid YAML: {reason}") from None
+        reason = " ".join(str(getattr(e, "problem", e)).split())
+        raise UserError(f"{where}: {line}not valid YAML: {reason}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises UserError if it holds none."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; the shipped ones lie in configs/") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; name a YAML file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if len(text) > MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; not a config file")
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}; name a YAML file") from None
     values = _parse_yaml(text, str(path))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, (dict, type(None))):
         raise UserError(f"{path}: must hold `key: value` lines, not a {type(values).__name__}")
-    return values
+    return values or {}

@@ -1,77 +1,94 @@
-"""Find or fetch a corpus, verify it, split it, and cut it into windows.
+"""Find or fetch a text, verify it, split it, and cut it into batches and windows.
 
 Text is bytes: a token is one byte, the vocabulary has 256 entries.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
+import lzma
 import os
-from collections.abc import Iterator
+import socket
+import time
+import urllib.error
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from megalodon_enwik8.archives import PACKED, unpacked_chunks
-from megalodon_enwik8.download import Source, fetch
-from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock
 
-ENWIK8 = Source(
-    name="enwik8",
-    url="http://mattmahoney.net/dc/enwik8.zip",
-    archive_size=36_445_475,
-    archive_sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-    size=100_000_000,
-    sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
-)
-# What the published comparison reads of it.
-ENWIK8_DATA_BYTES = 95_000_000
+ENWIK8 = "enwik8"
+ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
+ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+ENWIK8_SIZE = 100_000_000
+ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
+ENWIK8_DATA_BYTES = 95_000_000  # what the published comparison reads of it
 
 SAMPLE = "sample"
 SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SAMPLE_SIZE = 6_089_746
 SAMPLE_SHA256 = "34c1c63050c87cc8477b9ae36b1cb0edf372612c92938b742e579a7109c20fa4"
 
-# A packed file of a few kilobytes can unpack to any size.
-MAX_UNPACKED = 4 << 30
+CODE = "code"
+CODE_DATA_BYTES = 95_000_000
+CODE_SHA256 = "fcfc7ae6ea653c43a1300c24aff5c2ebb63872456b345ce669bb09fc8febfa22"
+
+MAX_UNPACKED = 4 << 30  # a packed file of a few kilobytes can unpack to any size
+_PIECE = 1 << 20
+
+DOWNLOAD_TRIES = 5
+DOWNLOAD_WAIT_S = 1.0  # before the second try; then three times, seven times as long, and so on
+DOWNLOAD_STALL_S = 30.0  # without a byte, after which a try has failed
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text, split: the first 90 % for training, the rest for validation."""
+    """A text, split: nine tenths for training, the rest for validation."""
 
-    name: str  # "enwik8", "sample", or the file's name
+    name: str  # "enwik8", "sample", "code", or the file's name
     train: Bytes  # (n,) uint8, read-only
     val: Bytes  # (m,) uint8, read-only
-    sha256: str  # of the bytes used, train and val together
+    sha256: str  # of the bytes used, train and then val
 
 
 def load_corpus(data_path: str, data_bytes: int | None = None, *, progress: bool = True) -> Corpus:
-    """Read, verify and split the corpus that `data_path` names.
+    """Read, verify and split the text that `data_path` names.
 
-    `data_path` is the word "sample" (the Wikipedia excerpt that gensim ships), or a file: raw
-    bytes, .gz, .bz2, .xz, or .zip with one member. A file called enwik8, packed or not, is held
-    to the sum of enwik8, and "enwik8" and "enwik8.gz" are fetched if absent, the only case that
-    touches the network; `progress` is for its progress bar.
-    `data_bytes` is how many of the first bytes to use; None means 95,000,000 of enwik8, and the
-    whole of anything else.
+    `data_path` is "sample" (the Wikipedia excerpt that gensim ships), "code" (see `_read_code`), or
+    a file: raw bytes, .gz, .bz2, .xz, or .zip with one member. A file called enwik8, packed or not,
+    is held to the sum of enwik8, and "enwik8" and "enwik8.gz" are fetched if absent, the only case
+    that touches the network; `progress` is for its progress bar. A packed file is unpacked into
+    memory; a raw one of any size is mapped, and has to stay as it is while it is used.
+    `data_bytes` is how many of the first bytes to use; None means 95,000,000 of enwik8 and of
+    code, and the whole of anything else.
 
-    Raises UserError, one line each, for what is missing, unreadable, empty, damaged, not what
-    its name says, larger than memory is risked for, or shorter than `data_bytes`.
+    Raises UserError, one line each, for what is missing, empty, damaged, not what its name says,
+    unpacked larger than memory is risked for, or shorter than `data_bytes`.
     """
-    name, chunks = corpus_chunks(data_path, data_bytes, progress=progress)
-    data = bytearray()
-    for chunk in chunks:
-        data += chunk
-    used = np.frombuffer(data, dtype=np.uint8)
-    used.flags.writeable = False
-    split = split_point(len(used))
-    return Corpus(name, used[:split], used[split:], hashlib.sha256(used.data).hexdigest())
+    if data_bytes is not None and data_bytes <= 0:
+        raise UserError(f"data_bytes={data_bytes}: must be at least 1, or absent for the default")
+    name, text = _read_named(data_path, data_bytes, progress)
+    if not len(text):
+        raise UserError(f"{data_path} is empty: name a file that holds text")
+    if data_bytes is not None and data_bytes > len(text):
+        raise UserError(
+            f"data_bytes={data_bytes}: {data_path} has {len(text)} bytes: ask for no more than that"
+        )
+    text = text[: ENWIK8_DATA_BYTES if data_bytes is None and name == ENWIK8 else data_bytes]
+    split = split_point(len(text))
+    return Corpus(name, text[:split], text[split:], _sha256(text))
 
 
 def split_point(size: int) -> int:
@@ -79,117 +96,195 @@ def split_point(size: int) -> int:
     return size * 9 // 10
 
 
-def corpus_chunks(
-    data_path: str, data_bytes: int | None = None, *, progress: bool = True
-) -> tuple[str, Iterator[bytes]]:
-    """The name of a corpus and its bytes, piece by piece, for a text larger than the memory.
-
-    Arguments and errors are those of `load_corpus`. What can only be known at the end, as a
-    wrong checksum, is raised there: nothing is good before all has been read.
-    """
-    if data_bytes is not None and data_bytes <= 0:
-        raise UserError(
-            f"data_bytes={data_bytes}: must be at least 1, or absent to use the default"
-        )
+def _read_named(data_path: str, data_bytes: int | None, progress: bool) -> tuple[str, Bytes]:
+    """A corpus's name, and at least its first `data_bytes` bytes as far as it has them."""
+    if data_path == CODE:
+        return _read_code(data_bytes)
     if data_path == SAMPLE:
-        name, chunks = SAMPLE, _sample_chunks()
-    else:
-        path = Path(os.path.expanduser(data_path))
-        bare = path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
-        if bare == ENWIK8.name:
-            name, chunks = ENWIK8.name, _enwik8_chunks(path, progress)
-            data_bytes = ENWIK8_DATA_BYTES if data_bytes is None else data_bytes
-        elif path.name == SAMPLE:
-            # Its figures would pass for those of the built-in sample.
-            raise UserError(f"{path}: a file of this name is taken for the sample: rename it")
-        else:
-            name, chunks = path.name, _any_chunks(path, data_bytes)
-    return name, _first_bytes(chunks, data_path, data_bytes)
+        folder = _installed("gensim", 'pip install -e ".[sample]"')
+        remedy = "pip install --force-reinstall gensim"
+        file = folder / "test" / "test_data" / SAMPLE_FILE
+        return SAMPLE, _read_known(file, SAMPLE_SIZE, SAMPLE_SHA256, remedy)
+    path = Path(os.path.expanduser(data_path))
+    if path.name in (SAMPLE, CODE):  # its figures would pass for those of the text of that name
+        raise UserError(f"{path}: a file of this name is taken for the {path.name}: rename it")
+    if (path.stem if path.suffix in PACKED else path.name) != ENWIK8:
+        return path.name, _read(path, "check data_path", keep=data_bytes)
+    if path.suffix in ("", ".gz") and not path.exists() and "\0" not in data_path:
+        _fetch_enwik8(path, progress)
+    remedy = "check data_path, or rename the file to use it as ordinary data"
+    return ENWIK8, _read_known(path, ENWIK8_SIZE, ENWIK8_SHA256, remedy)
 
 
-def _first_bytes(
-    chunks: Iterator[bytes], data_path: str, data_bytes: int | None
-) -> Iterator[bytes]:
-    """The first `data_bytes` bytes of `chunks`, which are read to their end all the same."""
-    size = 0
-    for chunk in chunks:
-        used = chunk if data_bytes is None else chunk[: data_bytes - size]
-        size += len(used)
-        yield used
-    if not size:
-        raise UserError(f"{data_path} is empty: name a file that holds text")
-    if data_bytes is not None and size < data_bytes:
-        raise UserError(
-            f"data_bytes={data_bytes}: {data_path} has {size} bytes: ask for no more than that"
-        )
+def _read_known(path: Path, size: int, sha256: str, remedy: str) -> Bytes:
+    """The unpacked bytes of a file that must have this size and SHA-256."""
+    text = _read(path, remedy, keep=size + 1)
+    if len(text) != size or _sha256(text) != sha256:
+        raise UserError(f"{path} is not the text of {size:,} bytes, SHA-256 {sha256}: {remedy}")
+    return text
 
 
-def _enwik8_chunks(path: Path, progress: bool) -> Iterator[bytes]:
-    if path.suffix in ("", ".gz") and _is_absent(path):
-        fetch(ENWIK8, path, progress=progress)
-    return _known_chunks(path, ENWIK8.size, ENWIK8.sha256, "rename it to use it as ordinary data")
-
-
-def _is_absent(path: Path) -> bool:
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
-        return False  # reading it says what is wrong with it
-    return False
-
-
-def _sample_chunks() -> Iterator[bytes]:
-    # Importing gensim takes a second and more; its place on the disk is all that is needed.
-    try:
-        spec = importlib.util.find_spec("gensim")
-    except (ImportError, ValueError):
-        spec = None
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    if not places:
-        raise UserError(
-            'data_path=sample needs gensim, which ships the text: pip install -e ".[sample]"'
-        )
-    path = Path(places[0], "test", "test_data", SAMPLE_FILE)
-    if not path.exists():
-        raise UserError(
-            f"data_path=sample: this gensim lacks {path}: pip install --force-reinstall gensim"
-        )
-    return _known_chunks(path, SAMPLE_SIZE, SAMPLE_SHA256, "pip install --force-reinstall gensim")
-
-
-def _known_chunks(path: Path, size: int, sha256: str, remedy: str) -> Iterator[bytes]:
-    """The unpacked bytes of `path`, which must have this size and SHA-256."""
-    found, digest = 0, hashlib.sha256()
-    for chunk in unpacked_chunks(path):
-        found += len(chunk)
-        if found > size:
-            raise UserError(f"{path} holds more than the expected {size:,} bytes: {remedy}")
-        digest.update(chunk)
-        yield chunk
-    if found != size:
-        raise UserError(f"{path} holds {found:,} bytes, expected {size:,}: {remedy}")
-    if digest.hexdigest() != sha256:
-        raise UserError(f"{path} has SHA-256 {digest.hexdigest()}, expected {sha256}: {remedy}")
-
-
-def _any_chunks(path: Path, data_bytes: int | None) -> Iterator[bytes]:
-    """The bytes of `path`, at least the first `data_bytes`.
-
-    A packed file is read to its end in any case, since its checksum stands there.
-    """
-    raw, size = path.suffix not in PACKED, 0
-    for chunk in unpacked_chunks(path):
-        size += len(chunk)
-        yield chunk
-        if raw and data_bytes is not None and size >= data_bytes:
-            break
-        if size > MAX_UNPACKED and (data_bytes is None or not raw):
+def _read(path: Path, remedy: str, keep: int | None = None) -> Bytes:
+    """The unpacked bytes of `path`, of a packed file at most `keep`: it is read to its end in any
+    case, since its checksum stands there."""
+    if not path.is_file():  # to open a pipe could wait for ever
+        other = "is a folder" if path.is_dir() else "not a regular file"
+        raise UserError(f"{path}: {other if path.exists() else 'no such file'}: {remedy}")
+    if path.suffix not in PACKED:
+        raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        return raw.view(np.ndarray)
+    data, size = bytearray(), 0
+    for piece in _unpacked(path):
+        size += len(piece)
+        if size > MAX_UNPACKED:
             raise UserError(
-                f"{path} holds more than {MAX_UNPACKED:,} bytes: name an unpacked file and say "
-                "with data_bytes how much of it to use"
+                f"{path} unpacks to more than {MAX_UNPACKED:,} bytes: name the unpacked file"
             )
+        data += piece if keep is None else piece[: keep - len(data)]
+    text = np.frombuffer(data, np.uint8)
+    text.flags.writeable = False
+    return text
+
+
+def _only_member(file: IO[bytes]) -> IO[bytes]:
+    archive = zipfile.ZipFile(file)
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    if len(members) != 1:
+        raise ValueError(f"it holds {len(members)} files, not one")
+    return archive.open(members[0])
+
+
+PACKED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zip": _only_member,
+}
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    """The unpacked bytes in pieces; their checksum has been compared once the last has come."""
+    with path.open("rb") as file:
+        try:
+            with PACKED[path.suffix](file) as unpacked:
+                while piece := unpacked.read(_PIECE):
+                    yield piece
+        except Exception as error:  # decoders meet damage with exceptions of many kinds
+            raise UserError(
+                f"{path} is cut off, damaged or no {path.suffix} that can be read here ({error}): "
+                "get it again, or unpack it and name the unpacked file"
+            ) from error
+
+
+def _fetch_enwik8(path: Path, progress: bool) -> None:
+    """Fetch enwik8 and store it at `path`, gzipped if that ends in .gz: whole or not at all.
+
+    A second process waits for the first and then finds the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    archive = path.with_name(f".{path.name}.zip")
+    with exclusive_lock(path.with_name(f"{ENWIK8}.lock")):
+        if path.exists():
+            return
+        for leftover in path.parent.glob(f".{path.name}.*"):  # of a fetch that was killed
+            leftover.unlink()
+        try:
+            _download(archive, path.with_name(f"{ENWIK8}.zip"), progress)
+            text = _read_known(archive, ENWIK8_SIZE, ENWIK8_SHA256, "try again").tobytes()
+            with atomic_write(path) as file:
+                # No time inside: equal texts make equal files.
+                file.write(gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text)
+        finally:
+            archive.unlink(missing_ok=True)
+
+
+def _download(archive: Path, by_hand: Path, progress: bool) -> None:
+    """Put enwik8.zip, verified, at `archive`. `by_hand` is where its user may put it instead."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
+    try:
+        for number in range(DOWNLOAD_TRIES):
+            time.sleep(DOWNLOAD_WAIT_S * (2**number - 1))
+            try:
+                torch.hub.download_url_to_file(
+                    ENWIK8_URL, str(archive), ENWIK8_ZIP_SHA256, progress
+                )
+                return
+            except urllib.error.URLError as error:
+                failure: Exception = error
+                # Who has no network, or asks for what is not there, should not have to wait.
+                if number == 0 and getattr(error, "code", 0) < 500:
+                    break
+            # RuntimeError: the sum is wrong, as it also is when an answer was cut off.
+            except (ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
+                failure = error
+            except OSError as error:
+                error.filename = error.filename or str(archive)  # a full disk, say
+                raise
+    finally:
+        socket.setdefaulttimeout(before)
+    raise UserError(
+        f"cannot fetch {ENWIK8_URL}: {failure}. Get it by other means, put it at {by_hand} and "
+        f"set data_path={by_hand}, or run on the sample: data_path=sample"
+    )
+
+
+def _read_code(data_bytes: int | None) -> tuple[str, Bytes]:
+    """The Python sources of the installed torch and transformers, each file headed by its path.
+
+    A unit is a direct sub-folder of one of the two packages with all that it holds, or the files
+    at a package's top. Whole units are drawn for validation, in the order of the SHA-256 of their
+    names, until they hold a tenth of all; the others are for training. Either part is in the order
+    of the paths, and the text is the beginnings of both: nine tenths and one tenth of `data_bytes`.
+    The models of transformers, which copy from one another by design, are one unit.
+
+    The name is "code" where the text is, byte for byte, that of the versions in constraints.txt,
+    and elsewhere says the versions, so that no table takes the one for the other.
+    """
+    packages = ("torch", "transformers")
+    units: dict[str, dict[str, bytes]] = {}
+    for package in packages:
+        folder = _installed(package, "pip install -e .")
+        for file in folder.rglob("*.py"):
+            path = f"{package}/{file.relative_to(folder).as_posix()}"
+            unit = units.setdefault("/".join(path.split("/")[:-1][:2]), {})
+            # torch for Windows has that system's line ends.
+            unit[path] = f"# {path}\n".encode() + file.read_bytes().replace(b"\r\n", b"\n")
+    del units["torch"]["torch/version.py"]  # differs between builds of one version
+
+    drawn, total = 0, sum(len(text) for unit in units.values() for text in unit.values())
+    train: dict[str, bytes] = {}
+    val: dict[str, bytes] = {}
+    for name in sorted(units, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        (val if 10 * drawn < total else train).update(units[name])
+        drawn += sum(map(len, units[name].values()))
+    train_text, val_text = (b"\n".join(part[p] for p in sorted(part)) for part in (train, val))
+
+    def beginnings(size: int) -> Bytes:
+        split = split_point(size)
+        return np.frombuffer(train_text[:split] + val_text[: size - split], np.uint8)
+
+    size = min(CODE_DATA_BYTES, len(train_text) * 10 // 9, len(val_text) * 10)
+    text, name = beginnings(size), CODE
+    if _sha256(text) != CODE_SHA256:
+        versions = [f"{p} {importlib.metadata.version(p).split('+')[0]}" for p in packages]
+        name = f"{CODE} ({', '.join(versions)})"
+    return name, text if data_bytes is None else beginnings(min(size, data_bytes))
+
+
+def _installed(package: str, remedy: str) -> Path:
+    """The folder of an installed package. It is not imported: that may take seconds."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{package}, which ships this text, is not installed: {remedy}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _sha256(text: Bytes) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(text), _PIECE):
+        digest.update(text[start : start + _PIECE].data)
+    return digest.hexdigest()
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:
@@ -207,7 +302,7 @@ def training_batch(
     seq_len: int,
     rows: range | None = None,
 ) -> torch.Tensor:
-    """Rows of the batch of step `step`: (len(rows), seq_len + 1), int64.
+    """The batch of step `step`, or the `rows` of it: (len(rows), seq_len + 1), int64.
 
     Row i is a pure function of (train, seed, step, i), uniform over all windows of `train`, so
     the examples are the same however a batch is split into micro-batches or processes, and
@@ -220,53 +315,6 @@ def training_batch(
         raise ValueError(f"{rows} is not within a batch of {batch_size}")
     count = _starts(train, seq_len, "training")
     return _windows(train, [_draw(count, seed, step, row) for row in rows], seq_len)
-
-
-def stream_steps(train: Bytes, *, streams: int, seq_len: int) -> int:
-    """Steps in one pass of :func:`stream_batch`. Raises UserError where there is none."""
-    steps = (len(train) - 1) // (streams * seq_len)
-    if not steps:
-        raise UserError(
-            f"carry_state=true: {streams} streams of seq_len={seq_len} need "
-            f"{streams * seq_len + 1} bytes, the training part has {len(train)}: use a smaller "
-            "seq_len, fewer sequences in a step, or more data"
-        )
-    return steps
-
-
-def stream_batch(
-    train: Bytes,
-    *,
-    seed: int,
-    step: int,
-    streams: int,
-    seq_len: int,
-    length: int | None = None,
-) -> tuple[torch.Tensor, bool]:
-    """The rows of step `step` where `train` is read as `streams` texts side by side:
-    (streams, seq_len + 1) int64, and whether all streams begin with them.
-
-    Row i of one step goes on where row i of the step before ended, until the streams end, all at
-    once, and a new pass begins. The streams of a pass are equally long and follow each other in
-    `train`; what the division leaves over, less than streams x seq_len bytes, is left out at both
-    ends, where the pass's own draw says. A pure function of the arguments, as `training_batch` is.
-
-    length: steps after which all streams begin anew, each at a place of its own that is uniform
-    over `train`; with 1, the rows are those of `training_batch`.
-
-    Raises UserError if `train` does not fill one step, or one stream of that length.
-    """
-    if length is not None:
-        number, place = divmod(step, length)
-        count = _starts(train, length * seq_len, "training", "carry_steps x seq_len")
-        starts = [_draw(count, seed, number, row) + place * seq_len for row in range(streams)]
-        return _windows(train, starts, seq_len), place == 0
-    steps = stream_steps(train, streams=streams, seq_len=seq_len)
-    number, place = divmod(step, steps)
-    left_over = len(train) - 1 - streams * steps * seq_len
-    first = _draw(left_over + 1, seed, number, 0) + place * seq_len
-    starts = [first + row * steps * seq_len for row in range(streams)]
-    return _windows(train, starts, seq_len), place == 0
 
 
 def validation_windows(
@@ -303,12 +351,12 @@ def _draw(count: int, seed: int, step: int, row: int) -> int:
     return int(philox.random_raw()) * count >> 64
 
 
-def _starts(data: Bytes, seq_len: int, part: str, name: str = "seq_len") -> int:
+def _starts(data: Bytes, seq_len: int, part: str) -> int:
     """How many windows of seq_len + 1 bytes begin in `data`."""
     if len(data) <= seq_len:
         raise UserError(
-            f"{name}={seq_len}: the {part} part has {len(data)} bytes and needs {seq_len + 1}: "
-            f"use a smaller {name} or more data"
+            f"seq_len={seq_len}: the {part} part has {len(data)} bytes and needs {seq_len + 1}: "
+            "use a smaller seq_len or more data"
         )
     return len(data) - seq_len
 

@@ -1,72 +1,219 @@
 """The loss of a model on fixed text; of a whole split from the command line:
 
 python -m megalodon_enwik8.evaluation runs/X/final.pt [--context N [--stride S] | --stream]
+
+The first byte of a text is given; each other byte is predicted once. A text is read in windows
+that start afresh, or as streams whose state goes on from piece to piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint
-from megalodon_enwik8.command_line import Parser, whole_number
+from megalodon import MegalodonCache
+from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.description import device_name
-from megalodon_enwik8.drawing import check_can_draw, save_picture
-from megalodon_enwik8.errors import UserError, run_main
-from megalodon_enwik8.files import atomic_write
-from megalodon_enwik8.models import keeps_a_state, restore_model, summed_loss
-from megalodon_enwik8.scoring import TOKENS_PER_BATCH, Score, score_streams, score_windows
-from megalodon_enwik8.stored_text import StoredCorpus, StoredText, Text, open_corpus
-from megalodon_enwik8.utils import (
-    autocast,
-    bits_per_byte,
-    choose_device,
-    peak_memory_bytes,
-    ran_out_of_memory,
-)
+from megalodon_enwik8.data import Bytes, load_corpus
+from megalodon_enwik8.device import autocast, choose_device, device_name, peak_memory_bytes
+from megalodon_enwik8.models import byte_losses, keeps_a_state, new_state, restore_model
+from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
+
+# A text is read so many tokens at a time: enough to fill the cores, small in memory, and
+# independent of the training batch so that every run evaluates in the same way.
+TOKENS_PER_BATCH = 8192
+
+RANGE_ENDS = (32, 128, 512, *(1024 * 4**i for i in range(25)))
+"""Distances, in bytes, are put together in ranges that end here."""
 
 
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, windows: torch.Tensor, *, use_autocast: bool) -> float:
-    """Mean loss in nats per byte over `windows` (count, L + 1) int64; the first byte is given.
+def never() -> bool:
+    return False
 
-    Dropout is off, the model's mode is restored, and compiled layers run eagerly: their few
-    extra seconds here are less than compiling for one more shape.
-    """
-    device = next(model.parameters()).device
+
+def bits_per_byte(loss: float) -> float:
+    """Nats per byte to bits per byte (called BPC, bits per character, on enwik8)."""
+    return loss / math.log(2)
+
+
+@contextmanager
+def reading(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs the model only reads: no dropout, no gradients, and compiled layers run
+    eagerly, since each length would be compiled anew. Its mode is restored."""
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    length = windows.size(1) - 1
-    with torch.compiler.set_stance("force_eager"):
-        for rows in windows.split(max(1, TOKENS_PER_BATCH // length)):
-            with autocast(device, use_autocast):
-                total += summed_loss(model, rows.to(device)).cpu().double()
-    model.train(was_training)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _losses(
+    model: PreTrainedModel,
+    batch: torch.Tensor,
+    use_autocast: bool,
+    state: MegalodonCache | None = None,
+) -> torch.Tensor:
+    """The loss of each byte but the first of batch (B, L + 1) int64: float32 (B, L)."""
+    device = next(model.parameters()).device
+    with autocast(device, use_autocast):
+        return byte_losses(model, batch.to(device), state)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    use_autocast: bool,
+    stop: Callable[[], bool] = never,
+) -> float | None:
+    """Mean loss in nats per byte over `windows` (count, L + 1) int64; the first byte is given.
+    None where `stop` says so before the end."""
+    total, length = torch.zeros((), dtype=torch.float64), windows.size(1) - 1
+    with reading(model):
+        for batch in windows.split(max(1, TOKENS_PER_BATCH // length)):
+            if stop():
+                return None
+            total += _losses(model, batch, use_autocast).sum().cpu().double()
     return total.item() / (windows.size(0) * length)
 
 
-def full_validation(
-    model: PreTrainedModel, text: Text, *, seq_len: int, use_autocast: bool
-) -> float:
-    """Mean loss in nats per byte over all of `text` but its first byte, each byte counted once.
+class Score:
+    """Losses in nats, summed by distance: how many bytes the model saw before the one predicted.
 
-    Consecutive windows of `seq_len` predictions; the last may be shorter.
-    text: T >= 2 bytes.
+    predicted: (ranges,) int64, bytes of each range of distances. total: (ranges,) float64, the
+    sum of their losses. state_bytes: the size of one stream's state, 0 where none was carried.
     """
-    score = score_windows(
-        model, text, context=seq_len, stride=seq_len, use_autocast=use_autocast, progress=False
-    )
-    return score.loss
+
+    def __init__(self) -> None:
+        self.predicted = np.zeros(len(RANGE_ENDS), dtype=np.int64)
+        self.total = np.zeros(len(RANGE_ENDS))
+        self.state_bytes = 0
+
+    def add(self, losses: torch.Tensor, seen: int) -> None:
+        """losses: (B, L), of bytes before which the model saw `seen`, `seen` + 1, ... bytes."""
+        where = np.searchsorted(RANGE_ENDS, seen + np.arange(losses.shape[1]))
+        columns = losses.cpu().double().sum(0).numpy()
+        self.predicted += losses.shape[0] * np.bincount(where, minlength=len(RANGE_ENDS))
+        self.total += np.bincount(where, weights=columns, minlength=len(RANGE_ENDS))
+
+    @property
+    def loss(self) -> float:
+        """The mean, in nats per byte."""
+        return float(self.total.sum() / self.predicted.sum())
+
+    def by_distance(self) -> list[dict[str, Any]]:
+        """Of each range that holds bytes: its least and greatest distance, how many bytes, their
+        BPC, and that of all bytes up to here."""
+        starts = (1, *(end + 1 for end in RANGE_ENDS))
+        predicted, total = self.predicted.cumsum(), self.total.cumsum()
+        return [
+            {
+                "from": starts[i],
+                "to": RANGE_ENDS[i],
+                "predicted": int(self.predicted[i]),
+                "bpc": bits_per_byte(self.total[i] / self.predicted[i]),
+                "bpc_so_far": bits_per_byte(total[i] / predicted[i]),
+            }
+            for i in np.flatnonzero(self.predicted)
+        ]
+
+
+def score_windows(
+    model: PreTrainedModel,
+    text: Bytes,
+    *,
+    context: int,
+    stride: int,
+    use_autocast: bool,
+    progress: bool = False,
+    stop: Callable[[], bool] = never,
+) -> Score | None:
+    """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes.
+
+    Of each window but the first only the last `stride` bytes count, so that each of them sees at
+    least context - stride bytes; stride = context gives windows side by side. The last window may
+    be shorter, and one that is longer than the text is the text. None where `stop` says so.
+    text: at least 2 bytes. 1 <= stride <= context.
+    """
+    score, predicted = Score(), len(text) - 1
+    length = min(context, predicted)
+    ends = list(range(length, predicted + 1, stride))
+    batches = _in_batches(ends, max(1, TOKENS_PER_BATCH // length))
+    bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
+    with bar, reading(model):
+        for batch in batches:
+            if stop():
+                return None
+            rows = _stack(text, [end - length for end in batch], length)
+            losses = _losses(model, rows, use_autocast)
+            if batch[0] == length:  # the first window counts whole
+                score.add(losses[:1], 1)
+                losses = losses[1:]
+            score.add(losses[:, length - stride :], length - stride + 1)
+            bar.update(len(batch) * stride)
+        rest = predicted - ends[-1]
+        if rest:
+            start = ends[-1] + stride - length
+            losses = _losses(model, _stack(text, [start], predicted - start), use_autocast)
+            score.add(losses[:, -rest:], losses.shape[1] - rest + 1)
+    return score
+
+
+def score_streams(
+    model: PreTrainedModel,
+    text: Bytes,
+    *,
+    streams: int,
+    segment: int,
+    use_autocast: bool,
+    progress: bool = False,
+) -> Score:
+    """Score `text` as `streams` texts side by side, each read from its first byte to its last with
+    its state carried from one piece of `segment` bytes to the next.
+
+    The streams follow each other in the text and differ by one byte at most.
+    text: at least `streams` + 1 bytes. Raises UserError for a model without a state.
+    """
+    score, predicted = Score(), len(text) - 1
+    length, longer = divmod(predicted, streams)  # so many streams have one byte more
+    firsts = [row * length + min(row, longer) for row in range(streams)]
+    state = new_state(model)
+    bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
+    with bar, reading(model):
+        for start in range(0, length, segment):
+            size = min(segment, length - start)
+            rows = _stack(text, [first + start for first in firsts], size)
+            score.add(_losses(model, rows, use_autocast, state), start + 1)
+            score.state_bytes = state.nbytes // streams
+            bar.update(rows[:, 1:].numel())
+        if longer:
+            state.batch_select_indices(torch.arange(longer))
+            rows = _stack(text, [first + length for first in firsts[:longer]], 1)
+            score.add(_losses(model, rows, use_autocast, state), length + 1)
+    return score
+
+
+def _in_batches(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _stack(text: Bytes, starts: list[int], length: int) -> torch.Tensor:
+    """The pieces of text that begin there, (len(starts), length + 1) int64."""
+    return torch.from_numpy(np.stack([text[i : i + length + 1] for i in starts]).astype(np.int64))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,17 +221,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m megalodon_enwik8.evaluation",
         description="Bits per byte (BPC) of a whole split, every byte counted once.",
     )
+    count = whole_number(1)
     parser.add_argument("checkpoint", help="final.pt, best.pt or a checkpoint_*.pt of a run folder")
     parser.add_argument("--split", choices=["val", "train"], default="val", help="(%(default)s)")
     parser.add_argument(
-        "--context",
-        type=whole_number(1),
-        metavar="N",
-        help="read windows of N bytes that start afresh (the seq_len of the training)",
+        "--context", type=count, metavar="N", help="windows of N bytes (the seq_len of training)"
     )
     parser.add_argument(
         "--stride",
-        type=whole_number(1),
+        type=count,
         metavar="S",
         help="a window every S bytes: each byte sees at least N - S bytes (N)",
     )
@@ -93,40 +238,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="carry the state from the first byte to the last; Megalodon only",
     )
-    parser.add_argument(
-        "--streams", type=whole_number(1), metavar="K", help="so many streams side by side (1)"
-    )
-    parser.add_argument(
-        "--segment",
-        type=whole_number(1),
-        metavar="M",
-        help=f"bytes of a stream to read at a time (together about {TOKENS_PER_BATCH})",
-    )
+    parser.add_argument("--streams", type=count, metavar="K", help="streams side by side (1)")
+    parser.add_argument("--segment", type=count, metavar="M", help="bytes of a stream at a time")
     parser.add_argument("--data-path", metavar="FILE", help="another text than the training's")
     parser.add_argument(
-        "--data-bytes",
-        type=whole_number(1),
-        metavar="N",
-        help="use the first N bytes of --data-path (as in training, all of another text)",
+        "--data-bytes", type=count, metavar="N", help="the first N bytes of --data-path (all)"
     )
-    parser.add_argument(
-        "--out", metavar="FILE", help="where the figures go as JSON (beside the checkpoint)"
-    )
-    parser.add_argument("--picture", metavar="FILE", help="draw BPC by distance: .png, .svg, .pdf")
-    parser.add_argument(
-        "--beside",
-        nargs="+",
-        default=[],
-        metavar="JSON",
-        help="earlier figures to draw in the same picture",
-    )
+    parser.add_argument("--out", metavar="FILE", help="for the figures (beside the checkpoint)")
     options = parser.parse_args(argv)
     if options.stream and (options.context or options.stride):
         parser.error("--stream has no --context and no --stride: its context is the whole text")
     if not options.stream and (options.streams or options.segment):
         parser.error("--streams and --segment are for --stream: add it")
-    if options.beside and not options.picture:
-        parser.error("--beside is for --picture: name the picture")
     if options.data_bytes and not options.data_path:
         parser.error("--data-bytes is for --data-path: name the text")
     return options
@@ -134,11 +257,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    if options.picture:
-        check_can_draw(options.picture)
-    beside = [_read_result(path) for path in options.beside]
-    device = choose_device()
-    path = Path(options.checkpoint)
+    device, path = choose_device(), Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
     config = checkpoint.experiment(path)
     model = restore_model(checkpoint, path)
@@ -149,184 +268,95 @@ def main(argv: Sequence[str] | None = None) -> int:
             "let each byte see at least N - S bytes"
         )
     model.to(device)  # type: ignore[arg-type]
-    data_path, data_bytes = config.data_path, config.data_bytes
-    if options.data_path is not None:
-        data_path, data_bytes = options.data_path, options.data_bytes
-    with open_corpus(data_path, data_bytes) as corpus:
-        if corpus.sha256 != checkpoint.corpus_sha256 and options.data_path is None:
-            print(f"{data_path} is not the text that {path} was trained on", file=sys.stderr)
-        text: StoredText = getattr(corpus, options.split)
-        reading = _how_to_read(options, config, len(text), corpus.name)
-        began = time.perf_counter()
-        score_text: Any = score_streams if options.stream else score_windows
-        try:
-            score: Score = score_text(
-                model, text, **reading, use_autocast=config.use_autocast, progress=True
-            )
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out_of_memory(error):
-                raise
-            given = ", ".join(f"--{name} {value}" for name, value in reading.items())
-            raise UserError(f"out of memory with {given}: use smaller numbers") from None
-        seconds = time.perf_counter() - began
-        result = _result(path, checkpoint, config, corpus, options.split, reading, score)
-    result |= {
+    corpus = load_corpus(
+        options.data_path or config.data_path,
+        options.data_bytes if options.data_path else config.data_bytes,
+    )
+    known = corpus.sha256 == checkpoint.corpus_sha256
+    if not known and options.data_path is None:
+        print(f"{config.data_path} is not the text that {path} was trained on", file=sys.stderr)
+    text: Bytes = getattr(corpus, options.split)
+    how = _how_to_read(options, config, len(text))
+    began = time.perf_counter()
+    score_text: Callable[..., Score] = score_streams if options.stream else score_windows  # type: ignore[assignment]
+    score = score_text(model, text, **how, use_autocast=config.use_autocast, progress=True)
+    seconds = time.perf_counter() - began
+    result = {
+        "checkpoint": str(path),
+        "step": checkpoint.step,
+        "model": config.model,
+        "trained_at": {"seed": config.seed, "seq_len": config.seq_len},
+        "use_autocast": config.use_autocast,
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.sha256,
+        "trained_on_this_corpus": known,
+        "split": options.split,
+        "reading": how,
+        "predicted": int(score.predicted.sum()),
+        "loss": score.loss,
+        "bpc": bits_per_byte(score.loss),
+        "state_bytes": score.state_bytes,
+        "by_distance": score.by_distance(),
         "seconds": seconds,
-        "bytes_per_second": result["predicted"] / seconds,
         "peak_memory_bytes": peak_memory_bytes(device),
         "device": device_name(device),
         "torch": torch.__version__,
     }
     print(_report(result))
-    out = Path(options.out) if options.out else path.with_name(_default_name(path, result))
+    label = "-".join(f"{name}{value}" for name, value in how.items())
+    name = f"{path.stem}-{corpus.name}-{options.split}-{label}.json"
+    out = Path(options.out) if options.out else path.with_name(name)
     with atomic_write(out) as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
     print(f"written: {out}")
-    if options.picture:
-        _draw([result, *beside], options.picture)
-        print(f"drawn: {options.picture}")
     return 0
 
 
 def _how_to_read(
-    options: argparse.Namespace, config: ExperimentConfig, size: int, corpus: str
+    options: argparse.Namespace, config: ExperimentConfig, size: int
 ) -> dict[str, int]:
     """The arguments of the scoring function. Raises UserError where the text is too short."""
     if options.stream:
         name, needed = "--streams", options.streams or 1
-        segment = options.segment
-        if segment is None:  # whole chunks
-            chunk = config.chunk_size
-            segment = max(chunk, TOKENS_PER_BATCH // needed // chunk * chunk)
-        reading = {"streams": needed, "segment": segment}
+        chunks = TOKENS_PER_BATCH // needed // config.chunk_size  # whole ones
+        how = {
+            "streams": needed,
+            "segment": options.segment or config.chunk_size * max(1, chunks),
+        }
     else:
         name, needed = "--context", options.context or config.seq_len
-        reading = {"context": needed, "stride": options.stride or needed}
-        if reading["stride"] > needed:
+        how = {"context": needed, "stride": options.stride or needed}
+        if how["stride"] > needed:
             raise UserError(
-                f"--stride {reading['stride']}: must be at most --context {needed}, or bytes would "
+                f"--stride {how['stride']}: must be at most --context {needed}, or bytes would "
                 "be left out"
             )
     if size < needed + 1:
         raise UserError(
-            f"{name} {needed}: the {options.split} split of {corpus} has {size} bytes and needs "
-            f"{needed + 1}: use a smaller number, the other split or more data"
+            f"{name} {needed}: the {options.split} split has {size} bytes and needs {needed + 1}: "
+            "use a smaller number, the other split or more data"
         )
-    return reading
-
-
-def _result(
-    path: Path,
-    checkpoint: Checkpoint,
-    config: ExperimentConfig,
-    corpus: StoredCorpus,
-    split: str,
-    reading: dict[str, int],
-    score: Score,
-) -> dict[str, Any]:
-    """What the JSON file tells, but for time and machine."""
-    return {
-        "checkpoint": str(path),
-        "step": checkpoint.step,
-        "model": config.model,
-        "trained_at": {
-            "seed": config.seed,
-            "seq_len": config.seq_len,
-            "carry_state": config.carry_state,
-        },
-        "use_autocast": config.use_autocast,
-        "corpus": corpus.name,
-        "corpus_sha256": corpus.sha256,
-        "trained_on_this_corpus": corpus.sha256 == checkpoint.corpus_sha256,
-        "split": split,
-        "reading": reading,
-        "predicted": int(score.predicted.sum()),
-        "loss": score.loss,
-        "bpc": bits_per_byte(score.loss),
-        "state_bytes": score.state_bytes,
-        "by_distance": [
-            {
-                "from": start,
-                "to": end,
-                "predicted": predicted,
-                "bpc": bits_per_byte(loss),
-                "bpc_so_far": bits_per_byte(so_far),
-            }
-            for start, end, predicted, loss, so_far in score.by_distance()
-        ],
-    }
-
-
-def _label(result: dict[str, Any]) -> str:
-    reading = result["reading"]
-    if "streams" in reading:
-        return f"{reading['streams']} stream{'s' if reading['streams'] > 1 else ''}"
-    stride = f", stride {reading['stride']}" if reading["stride"] < reading["context"] else ""
-    return f"windows of {reading['context']}{stride}"
-
-
-def _default_name(path: Path, result: dict[str, Any]) -> str:
-    label = "-".join(f"{name}{value}" for name, value in result["reading"].items())
-    return f"{path.stem}-{result['corpus']}-{result['split']}-{label}.json"
+    return how
 
 
 def _report(result: dict[str, Any]) -> str:
+    how = ", ".join(f"{name} {value}" for name, value in result["reading"].items())
+    speed = result["predicted"] / result["seconds"]
     lines = [
         f"{result['checkpoint']}: {result['model']} after {result['step']} steps",
-        f"{result['split']} split of {result['corpus']}, {_label(result)}: "
+        f"{result['split']} split of {result['corpus']}, {how}: "
         f"{result['predicted']:,} bytes predicted",
         f"loss {result['loss']:.4f} nats per byte, {result['bpc']:.4f} BPC",
-        f"{result['seconds']:.1f} s, {result['bytes_per_second']:,.0f} bytes per second",
+        f"{result['seconds']:.1f} s, {speed:,.0f} bytes per second",
     ]
-    if result["peak_memory_bytes"]:
-        lines[-1] += f", peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB"
     if result["state_bytes"]:
         lines.append(f"state of a stream: {result['state_bytes']:,} bytes, at any position")
     lines.append(f"{'bytes seen before':>25} {'predicted':>13} {'BPC':>8} {'so far':>8}")
     for row in result["by_distance"]:
         seen = f"{row['from']:,} to {row['to']:,}"
-        lines.append(
-            f"{seen:>25} {row['predicted']:>13,} {row['bpc']:8.4f} {row['bpc_so_far']:8.4f}"
-        )
+        figures = f"{row['predicted']:>13,} {row['bpc']:8.4f} {row['bpc_so_far']:8.4f}"
+        lines.append(f"{seen:>25} {figures}")
     return "\n".join(lines)
-
-
-def _read_result(path: str) -> dict[str, Any]:
-    """A result that an earlier call wrote."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        _label(result)
-        for row in result["by_distance"]:
-            float(row["to"]), float(row["bpc"])
-        str(result["model"])
-    except OSError as error:
-        raise UserError(f"--beside {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"--beside {path}: holds no figures of this program") from None
-    return result
-
-
-def _draw(results: list[dict[str, Any]], path: str) -> None:
-    """BPC against distance: one line for each result."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for result in results:
-        rows = result["by_distance"]
-        axes.plot(
-            [row["to"] for row in rows],
-            [row["bpc"] for row in rows],
-            marker="o",
-            label=f"{result['model']}, {_label(result)}: {result['bpc']:.3f} BPC",
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("bytes seen before, up to")
-    axes.set_ylabel("BPC")
-    axes.set_title(f"{results[0]['split']} split of {results[0]['corpus']}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_picture(figure, path)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalodon_enwik8.command_line import Parser
-from megalodon_enwik8.errors import UserError, explain_os_error, run_main
+from megalodon_enwik8.safety import LEFTOVER_SUFFIX, Parser, UserError, run_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BYTES = 256
-
-_WRITING = ".writing"
 
 # What an export consists of. A folder with other files is somebody's.
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
@@ -43,14 +40,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def export_model(
     model: PreTrainedModel, folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
-    """Write a byte-level model and its tokenizer to a folder. Each file is whole or absent.
-
-    Files of other names stay where they are.
-
-    Raises:
-        UserError: if the folder holds anything else than an earlier export and `overwrite` is
-            false, or cannot be written.
-    """
+    """Write a byte-level model and its tokenizer to a folder. Each file is whole or absent; files
+    of other names stay where they are. Raises UserError if the folder holds anything else than an
+    earlier export and `overwrite` is false."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -59,27 +51,22 @@ def export_model(
     target = Path(folder)
     check_folder(target, overwrite)
     model.generation_config.suppress_tokens = list(range(BYTES, model.config.vocab_size)) or None
-    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=_WRITING, dir=target) as aside:
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=LEFTOVER_SUFFIX, dir=target) as aside:
+        try:
             model.save_pretrained(aside, max_shard_size="1TB")
-            MegalodonTokenizer().save_pretrained(aside)
-            for file in sorted(Path(aside).iterdir()):
-                os.replace(file, target / file.name)
-    except (OSError, SafetensorError) as error:
-        explained = explain_os_error(error, target) if isinstance(error, OSError) else None
-        raise explained or UserError(f"{target}: cannot be written: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+        except SafetensorError as error:
+            raise UserError(f"{target}: cannot be written: {error}") from error
+        MegalodonTokenizer().save_pretrained(aside)
+        for file in sorted(Path(aside).iterdir()):
+            os.replace(file, target / file.name)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise UserError unless the folder may be written to."""
     if folder.is_dir():
-        names = {path.name for path in folder.iterdir() if path.suffix != _WRITING}
+        names = {path.name for path in folder.iterdir() if path.suffix != LEFTOVER_SUFFIX}
         others = sorted(names - FILES)  # and without what a killed export left
         if others and not overwrite:
             raise UserError(

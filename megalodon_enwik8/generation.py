@@ -6,12 +6,18 @@ import codecs
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.evaluation import never, reading
+from megalodon_enwik8.safety import UserError
 
 _KEPT_CONTROLS = "\n\t"
 # Longer prompts are read in pieces of so many bytes, in the memory of one piece.
@@ -62,7 +68,16 @@ class _Finite(LogitsProcessor):
         return scores
 
 
-@torch.no_grad()
+class _Asked(StoppingCriteria):
+    """Ends the text when the flag is up."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stop(), device=input_ids.device)
+
+
 def generate_bytes(
     model: PreTrainedModel,
     prompt: bytes,
@@ -73,17 +88,16 @@ def generate_bytes(
     min_p: float = 0.0,
     top_k: int | None = None,
     streamer: BaseStreamer | None = None,
+    stop: Callable[[], bool] = never,
 ) -> bytes:
-    """`length` new bytes after a prompt of at least one byte, a pure function of the arguments.
+    """`length` new bytes after a prompt of at least one byte, a pure function of the arguments, or
+    fewer where `stop` says so.
 
     temperature 0 takes the likeliest byte each time. A vocabulary wider than 256 is cut to the
     bytes. Reseeds torch's generator; the model's mode is restored.
 
     Raises UserError when the model's output is not finite.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": temperature > _COLDEST}
     if temperature > _COLDEST:
@@ -91,20 +105,17 @@ def generate_bytes(
     vocabulary = model.config.vocab_size
     if vocabulary > 256:
         options["suppress_tokens"] = list(range(256, vocabulary))
-    input_ids = torch.from_numpy(np.frombuffer(prompt, dtype=np.uint8).astype(np.int64))
-    input_ids = input_ids[None].to(device)  # (1, P)
-    try:
-        # Each length is a new shape, which a compiled layer would compile anew.
-        with torch.compiler.set_stance("force_eager"):
-            output = cast(Any, model).generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=length,
-                streamer=streamer,
-                prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
-                logits_processor=LogitsProcessorList([_Finite()]),
-                **options,
-            )
-    finally:
-        model.train(was_training)
+    device = next(model.parameters()).device
+    input_ids = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).long()[None].to(device)
+    with reading(model):
+        output = cast(Any, model).generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=length,
+            streamer=streamer,
+            prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
+            logits_processor=LogitsProcessorList([_Finite()]),
+            stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
+            **options,
+        )
     return bytes(output[0, len(prompt) :].tolist())

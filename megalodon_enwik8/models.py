@@ -1,24 +1,31 @@
-"""What training, evaluation and sampling need to know of a model, and nothing about which it is."""
+"""Either model from a config, and what training, evaluation and sampling need to know of it."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megalodon import MegalodonCache, MegalodonConfig
+from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
+from megalodon.layout import Layout
+from megalodon.modules import MegalodonLayerNorm
+from megalodon.ops.timestep_norm import TimestepNormState, initial_state
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.errors import UserError
-from megalodon_enwik8.llama import build_llama
-from megalodon_enwik8.loss import cross_entropy
-from megalodon_enwik8.megalodon import build_megalodon
+from megalodon_enwik8.config import ExperimentConfig, model_of_key
+from megalodon_enwik8.safety import UserError
+
+FFN_MULTIPLE = 256
 
 # Compiling one block takes about half a minute on two CPU cores and then saves about a quarter of
 # each step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
@@ -26,60 +33,146 @@ COMPILE_PAYS_FLOPS = 1e14
 
 
 def build_model(config: ExperimentConfig) -> PreTrainedModel:
-    """The config's model, float32 on the CPU, its weights a pure function of the seed."""
+    """The config's model, float32 on the CPU, its weights a pure function of the seed. Raises
+    UserError for sizes that no such model can have."""
     torch.manual_seed(config.seed)
-    if config.model == "llama":
-        model: PreTrainedModel = build_llama(config)
-    else:
-        model = build_megalodon(config)
+    try:
+        build = build_llama if config.model == "llama" else build_megalodon
+        model = build(config)
+    except (ValueError, StrictDataclassError) as error:  # which wraps what a config's check says
+        raise UserError(f"model={config.model}: {error.__cause__ or error}") from error
     if config.gradient_checkpointing:
-        # Early releases of transformers 5 know it by its old name alone.
+        # transformers 5.17 knows it by its old name alone.
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return model
 
 
+def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
+    """The library's Megalodon: its keys have their names there, but for two."""
+    keys = [key for key in type(config).model_fields if model_of_key(key) == "megalodon"]
+    values: dict[str, Any] = {key: getattr(config, key) for key in keys if key != "ablation"}
+    values["tie_word_embeddings"] = values.pop("share_emb")
+    if config.init_mode == "fan_in":
+        values["init_mode"] = "he"
+    model = MegalodonForCausalLM(
+        MegalodonConfig(
+            vocab_size=config.num_tokens,
+            rope_base=config.rope_base,
+            attention_dropout=config.attention_dropout,
+            **values,
+        )
+    )
+    if config.init_mode == "fan_in":
+        draw_by_fan_in(model, config.num_layers, outputs=("wh1", "wh2", "w2"))
+    for layer in model.model.layers:
+        if config.ablation == "no_cema":
+            layer.cema = NoCEMA(model.config)
+        elif config.ablation == "layer_norm":
+            layer.timestep_norm = LayerNormInstead(model.config)
+    if config.ablation == "layer_norm":
+        model.model.final_norm = LayerNormInstead(model.config)
+    return model
+
+
+def build_llama(config: ExperimentConfig) -> PreTrainedModel:
+    """The baseline: transformers' own LlamaForCausalLM."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.num_tokens,
+            hidden_size=config.dim,
+            intermediate_size=ffn_width(config.dim, config.ffn_dim_multiplier),
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            head_dim=config.dim_head,
+            # The rotary embedding needs no table: the length only bounds what generate accepts.
+            max_position_embeddings=2**30,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            attention_dropout=config.attention_dropout,
+            tie_word_embeddings=config.tied_embedding,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            attn_implementation="sdpa" if config.flash_attn else "eager",  # type: ignore[call-arg]
+        )
+    )
+    if config.llama_init == "fan_in":
+        draw_by_fan_in(model, config.depth, outputs=("o_proj", "down_proj"))
+    elif config.llama_init == "pytorch":  # as published: embeddings stay as transformers has them
+        for module in model.modules():
+            tied = config.tied_embedding and module is model.lm_head
+            if isinstance(module, nn.Linear) and not tied:
+                module.reset_parameters()
+    return model
+
+
+def ffn_width(dim: int, multiplier: float | None) -> int:
+    """multiplier * dim, or 8/3 of dim, rounded up to a multiple of 256 (2.67 of 384 gives 1280)."""
+    width = int(8 * dim / 3) if multiplier is None else int(multiplier * dim)
+    return FFN_MULTIPLE * math.ceil(width / FFN_MULTIPLE)
+
+
+def draw_by_fan_in(model: nn.Module, layers: int, outputs: tuple[str, ...]) -> None:
+    """Draw every matrix anew from N(0, 1 / fan_in), in place, and the embedding as if it were the
+    output matrix. Those of a layer's projections whose names end in `outputs`, onto the residual
+    stream, get that divided by sqrt(2 layers), as in GPT-2 (Radford et al. 2019, section 2.3).
+    Biases stay as they are."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        elif isinstance(module, nn.Linear):
+            depth = 2 * layers if name.endswith(outputs) else 1
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
+
+
+class NoCEMA(nn.Module):
+    """`ablation: no_cema`: in the place of a MegalodonCEMA, hands its input on."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.order = config.cema_ndim
+
+    def forward(
+        self, x: torch.Tensor, state: torch.Tensor | None, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if state is None and layout.return_state:
+            state = x.new_zeros(x.shape[0], x.shape[2], self.order, 2, dtype=torch.float32)
+        return x, state
+
+
+class LayerNormInstead(MegalodonLayerNorm):
+    """`ablation: layer_norm`: in the place of a MegalodonTimestepNorm, with parameters of the same
+    shapes, normalises over the channels of one step alone. Its state only counts."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.num_groups = config.norm_num_groups
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, state: TimestepNormState | None, layout: Layout
+    ) -> tuple[torch.Tensor, TimestepNormState]:
+        state = initial_state(x, self.num_groups) if state is None else state
+        if layout.segments is None:
+            steps = state.steps + x.shape[1]
+        else:
+            steps = layout.segments.final_count(state.steps)
+        return super().forward(x), state._replace(steps=steps)
+
+
 def restore_model(checkpoint: Checkpoint, path: str | Path) -> PreTrainedModel:
     """The model that a checkpoint read from `path` holds, on the CPU, in evaluation mode."""
-    config = checkpoint.experiment(path)
-    with torch.device("meta"):
-        # No memory is taken for sizes that a stranger's file claims and does not hold.
-        _check_weights(build_model(config), checkpoint, path)
-    model = build_model(config)
+    model = build_model(checkpoint.experiment(path))
     load_weights(model, checkpoint, path)
     return model.eval()
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | Path) -> None:
     """Raises UserError when the weights are not those of the checkpoint's own config."""
-    _check_weights(model, checkpoint, path)
-    model.load_state_dict(checkpoint.model_state)
-
-
-def _check_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | Path) -> None:
-    def kind(tensor: object) -> str:
-        if not isinstance(tensor, torch.Tensor):
-            return "absent"
-        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-    wanted, held = model.state_dict(), checkpoint.model_state
-    for name in [*wanted, *held]:
-        if kind(held.get(name)) != kind(wanted.get(name)):
-            raise UserError(
-                f"{path}: its weights do not fit its own config: {name} is "
-                f"{kind(held.get(name))}, expected {kind(wanted.get(name))}"
-            )
-
-
-def new_state(model: PreTrainedModel, *, truncated: bool = False) -> MegalodonCache:
-    """An empty state for a Megalodon; truncated: no gradient flows from one call to the one before.
-    Raises UserError for a model without one."""
-    if not keeps_a_state(model):
-        raise UserError(
-            f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
-            "grows with every byte; give it windows of the text"
-        )
-    return MegalodonCache(cast(MegalodonConfig, model.config), truncated=truncated)
+    try:
+        model.load_state_dict(checkpoint.model_state)
+    except (RuntimeError, AttributeError, TypeError) as error:  # some may be no tensors
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: its weights do not fit its own config: {reason}") from error
 
 
 def keeps_a_state(model: PreTrainedModel) -> bool:
@@ -87,36 +180,78 @@ def keeps_a_state(model: PreTrainedModel) -> bool:
     return model.config.model_type == "megalodon"
 
 
-def summed_loss(
-    model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None = None
-) -> torch.Tensor:
-    """Cross-entropy of rows[:, 1:] given what precedes, in nats, summed over bytes: float32 ().
-
-    rows: (B, L + 1) int64. state: what came before rows, then brought up to date.
-    """
-    return byte_losses(model, rows, state).sum()
+def new_state(model: PreTrainedModel) -> MegalodonCache:
+    """An empty state for a Megalodon. Raises UserError for a model without one."""
+    if not keeps_a_state(model):
+        raise UserError(
+            f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
+            "grows with every byte; give it windows of the text"
+        )
+    return MegalodonCache(cast(MegalodonConfig, model.config))
 
 
 def byte_losses(
-    model: PreTrainedModel, rows: torch.Tensor, state: MegalodonCache | None = None
+    model: PreTrainedModel, batch: torch.Tensor, state: MegalodonCache | None = None
 ) -> torch.Tensor:
-    """As :func:`summed_loss`, of each byte: float32 (B, L)."""
+    """Cross-entropy of each byte of batch[:, 1:] given what precedes, in nats: float32 (B, L).
+
+    batch: (B, L + 1) int64. state: what came before it, then brought up to date.
+    """
+    input_ids, targets = batch[:, :-1], batch[:, 1:]
     carried = {} if state is None else {"cache": state}
-    output = model(input_ids=rows[:, :-1], use_cache=state is not None, **carried)
-    losses = cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
-    return losses.view(rows.shape[0], -1)
+    logits = model(input_ids=input_ids, use_cache=state is not None, **carried).logits
+    return cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+ELEMENTS_AT_A_TIME = 2**20
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] of each row, in nats: float32 (R,), or float64 where logits are.
+
+    Forward and backward go through the rows in pieces and compute each in float32; between
+    them only the logits as they are, and one number a row, are kept.
+
+    logits: (R, V), float. targets: (R,) int64.
+    """
+    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        rows = max(1, ELEMENTS_AT_A_TIME // logits.shape[1])
+        normalizer = torch.cat([piece.to(dtype).logsumexp(1) for piece in logits.split(rows)])
+        ctx.save_for_backward(logits, targets, normalizer)
+        return normalizer - logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, normalizer = ctx.saved_tensors
+        rows = max(1, ELEMENTS_AT_A_TIME // logits.shape[1])
+        grad_logits = torch.empty_like(logits)
+        for into, piece, target, log_sum, weight in zip(
+            *(t.split(rows) for t in (grad_logits, logits, targets, normalizer, grad)), strict=True
+        ):
+            probabilities = (piece.to(log_sum.dtype) - log_sum.unsqueeze(1)).exp_()
+            probabilities -= F.one_hot(target, logits.shape[1])
+            into.copy_(probabilities.mul_(weight.unsqueeze(1)))
+        return grad_logits, None
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def count_parameters(module: torch.nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Shared tensors count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def compile_layers(model: PreTrainedModel, config: ExperimentConfig, steps: int) -> str:
+def compile_layers(model: PreTrainedModel, config: ExperimentConfig) -> str:
     """Compile each decoder layer in place if the config asks for it or `auto` finds it worthwhile.
 
     The layers share their code, so that one compilation serves all; parameter names, and with
@@ -124,36 +259,20 @@ def compile_layers(model: PreTrainedModel, config: ExperimentConfig, steps: int)
     Raises UserError where compilation is asked for and cannot work.
     """
     device = next(model.parameters()).device
-    missing = _missing_for_compile(device) or _unfit_for_compile(config)
+    missing = _missing_for_compile(device)
     if config.compile is True and missing:
         raise UserError(f"compile=true: {missing}; or set compile: false")
-    if config.compile == "auto":
-        flops = 6.0 * count_parameters(model) * config.tokens_per_step * steps
-        if missing:
-            wanted, why = False, f"auto: {missing}"
-        elif device.type == "cuda":
-            wanted, why = True, "auto: a CUDA device"
-        elif flops >= COMPILE_PAYS_FLOPS:
-            wanted, why = True, f"auto: {steps} steps are enough to earn back the time it takes"
-        else:
-            wanted, why = False, f"auto: {steps} steps of this size are too few to earn it back"
-    else:
-        wanted, why = config.compile, "as configured"
+    wanted, why = config.compile, "as configured"
+    if wanted == "auto":
+        flops = 6.0 * count_parameters(model) * config.tokens_per_step * config.num_batches
+        pays = device.type == "cuda" or flops >= COMPILE_PAYS_FLOPS
+        wanted = pays and not missing
+        verb = "earn" if pays else "are too few to earn"
+        why = f"auto: {missing or f'{config.num_batches} steps of this size {verb} it back'}"
     if wanted:
         for layer in decoder_layers(model):
             layer.compile(dynamic=False)
     return f"{'on' if wanted else 'off'} ({why})"
-
-
-def _unfit_for_compile(config: ExperimentConfig) -> str | None:
-    """Why compiled layers would not serve this run, as an instruction."""
-    if config.model == "megalodon" and config.carry_state and config.seq_len % config.chunk_size:
-        return (
-            f"carry_state begins each step elsewhere in a chunk, for each of which all would be "
-            f"compiled anew: make seq_len={config.seq_len} a multiple of "
-            f"chunk_size={config.chunk_size}"
-        )
-    return None
 
 
 def _missing_for_compile(device: torch.device) -> str | None:

@@ -1,11 +1,12 @@
-"""A run's folder: who may use it, what lies in it, and where a resumed run goes on.
+"""A run on the disk: who may use its folder, what lies in it, and where a resumed run goes on.
 
 config.yaml          the config actually used
 environment.json     corpus, parameters, and versions and device of each session
 metrics.jsonl        one JSON object per training step, and one for the end
 checkpoint_*.pt      after so many steps, with the optimizer, to resume from
 best.pt  final.pt    weights to use
-replaced/            what a new start here replaces, until its own first checkpoint is due
+
+A run is never deleted: one that is started over, or gone back in, is renamed to RUN_DIR.old-TIME.
 """
 
 from __future__ import annotations
@@ -13,46 +14,40 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.errors import UserError, explain_os_error
-from megalodon_enwik8.files import atomic_write, exclusive_lock, remove_folder, remove_leftovers
+from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock, remove_leftovers
 
-_CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")
-_REPLACED = "replaced"
-_MOVING = ".replacing"  # becomes _REPLACED when all is in it
-NEWEST = ""  # in place of a path: the newest valid checkpoint of the folder
+NEWEST = "newest"  # in place of a path: the newest valid checkpoint of the folder
+
+Row = dict[str, Any]
 
 
 class RunFolder:
     """The folder of one run, held by one process. Made by `open_run`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stack: ExitStack) -> None:
         self.path = path
+        self._stack = stack  # closes what is open when the process is done with the folder
         self._metrics: IO[str] | None = None
 
     def file(self, name: str) -> Path:
         return self.path / name
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints to resume from, oldest first."""
-        matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
-        found = {int(match[1]): path for match, path in matches if match and path.is_file()}
-        return [found[step] for step in sorted(found)]
+        """The checkpoints to resume from, oldest first: their names have steps of eight digits."""
+        return sorted(self.path.glob("checkpoint_*.pt"))
 
-    def run_files(self) -> list[Path]:
-        """All files by which a folder counts as holding a run."""
-        names = ("config.yaml", "environment.json", "metrics.jsonl", "best.pt", "final.pt")
-        present = [self.file(name) for name in names if self.file(name).exists()]
-        return self.checkpoints() + present
+    def holds_a_run(self) -> bool:
+        names = ("config.yaml", "metrics.jsonl", "best.pt", "final.pt")
+        return bool(self.checkpoints()) or any(self.file(name).exists() for name in names)
 
     def find_checkpoint(self, resume: str | Path) -> tuple[Checkpoint, Path] | None:
         """The checkpoint to resume from: the file `resume`, or the newest valid one here.
@@ -62,18 +57,15 @@ class RunFolder:
         """
         if resume != NEWEST:
             return load_checkpoint(resume), Path(resume)
-        found = self.checkpoints()
-        for path in reversed(found):
+        for path in reversed(self.checkpoints()):
             try:
                 return load_checkpoint(path), path
             except UserError as error:
                 print(f"skipped: {error}", file=sys.stderr)
-        if found:
-            raise UserError(f"{self.path}: no valid checkpoint; start again with --overwrite")
-        if self.file("final.pt").exists():
+        if self.checkpoints() or self.file("final.pt").exists():
             raise UserError(
-                f"{self.path}: holds final weights but no checkpoint to resume from; "
-                f"start again with --overwrite"
+                f"{self.path}: holds no valid checkpoint to resume from; start again with "
+                "--overwrite, which keeps what is there under another name"
             )
         return None
 
@@ -82,60 +74,69 @@ class RunFolder:
         config: ExperimentConfig,
         environment: dict[str, Any],
         session: dict[str, Any],
-        *,
-        step: int,
         resumed: Path | None,
     ) -> None:
-        """Write what the run is, and open metrics.jsonl for the rows from `step` on.
+        """Write what the run is, and open metrics.jsonl for the rows that follow.
 
         resumed: the checkpoint that the run goes on from, whose folder has the rows and sessions
-        before; None starts afresh. What an earlier run left here beyond that goes to replaced/,
-        and `forget_replaced` removes it there.
+        before; None starts afresh.
         """
-        rows: list[dict[str, Any]] = []
+        here = resumed is not None and resumed.resolve().parent == self.path.resolve()
+        newest = [path.name for path in self.checkpoints()[-1:]]
+        if self.holds_a_run() and not (here and resumed and resumed.name in newest):
+            aside = self._rename()
+            resumed = aside / resumed.name if here and resumed else resumed
+        rows: list[Row] = []
         sessions: list[dict[str, Any]] = []
         if resumed is not None:
-            found = _parse_lines(resumed.with_name("metrics.jsonl"))
-            by_step = {row["step"]: row for row in found if row is not None}
-            rows = [by_step[i] for i in sorted(by_step) if 0 <= i < step]
+            step = session["from_step"]
+            found = read_metrics(resumed.with_name("metrics.jsonl"), strict=False)
+            by_step = {row["step"]: row for row in found if 0 <= row["step"] < step}
+            rows = [by_step[i] for i in sorted(by_step)]
             if len(rows) < step:
                 print(
                     f"{resumed.parent}: metrics.jsonl tells of {len(rows)} of the {step} steps "
                     f"before; the rest is lost",
                     file=sys.stderr,
                 )
-            sessions = _sessions(resumed.with_name("environment.json"))
-        if resumed is None:
-            self._set_aside(self.run_files())
-        else:
-            later = [path for path in self.checkpoints() if _step_of(path) > step]
-            names = ("metrics.jsonl", "environment.json", "best.pt")  # what this run writes anew
-            beside = [self.file(name) for name in names if self.file(name).exists()]
-            self._set_aside(later, copies=beside)
-        with atomic_write(self.file("config.yaml")) as file:
-            file.write(config.to_yaml().encode())
-        with atomic_write(self.file("environment.json")) as file:
-            content = {**environment, "sessions": [*sessions, session]}
-            file.write((json.dumps(content, indent=2) + "\n").encode())
-        with atomic_write(self.file("metrics.jsonl")) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._metrics = open(self.file("metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+            with contextlib.suppress(OSError, ValueError, LookupError):  # it tells, no more
+                before = resumed.with_name("environment.json").read_text(encoding="utf-8")
+                sessions = json.loads(before)["sessions"]
+        content = json.dumps({**environment, "sessions": [*sessions, session]}, indent=2) + "\n"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        for name, text in (
+            ("config.yaml", config.to_yaml()),
+            ("environment.json", content),
+            ("metrics.jsonl", lines),
+        ):
+            with atomic_write(self.file(name)) as file:
+                file.write(text.encode())
+        self._metrics = self._stack.enter_context(
+            self.file("metrics.jsonl").open("a", encoding="utf-8")
+        )
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl. Raises UserError when the disk is full."""
+    def _rename(self) -> Path:
+        """Give the folder another name and make a new one in its place. Returns the old one."""
+        path = self.path.resolve()  # a link stays
+        aside = path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        path.rename(aside)
+        path.mkdir()
+        self._stack.enter_context(exclusive_lock(path / ".lock", blocking=False))
+        print(f"what was there is now {aside}", flush=True)
+        return aside
+
+    def log(self, row: Row) -> None:
+        """Append one line to metrics.jsonl."""
         assert self._metrics is not None
-        with _disk_errors(self.file("metrics.jsonl")):
-            self._metrics.write(json.dumps(row) + "\n")
-            self._metrics.flush()
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
 
     def save(self, name: str, checkpoint: Checkpoint) -> Path:
         """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it."""
         if self._metrics is not None:
-            with _disk_errors(self.file("metrics.jsonl")):
-                os.fsync(self._metrics.fileno())
-        path = self.file(name)
-        save_checkpoint(path, checkpoint)
-        return path
+            os.fsync(self._metrics.fileno())
+        save_checkpoint(self.file(name), checkpoint)
+        return self.file(name)
 
     def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> Path:
         """Save checkpoint_<step>.pt and remove all but the last `keep_last` of its kind."""
@@ -145,149 +146,44 @@ class RunFolder:
                 old.unlink()
         return path
 
-    def forget_replaced(self) -> None:
-        """Remove replaced/: the run that was started in its place is well under way."""
-        if self.file(_REPLACED).is_dir():
-            remove_folder(self.file(_REPLACED))
-
-    def close(self) -> None:
-        if self._metrics is not None:
-            with contextlib.suppress(OSError):  # what could not be written has been said
-                self._metrics.close()
-
-    def holds_a_run(self) -> bool:
-        return bool(self.run_files()) or self.file(_REPLACED).exists()
-
-    def undo_unfinished_move(self) -> None:
-        """Put back what a killed process was moving to replaced/."""
-        moving = self.file(_MOVING)
-        if moving.is_dir():
-            for path in moving.iterdir():
-                if self.file(path.name).exists():
-                    path.unlink()  # a copy
-                else:
-                    path.rename(self.file(path.name))
-            moving.rmdir()
-
-    def _set_aside(self, paths: list[Path], copies: Sequence[Path] = ()) -> None:
-        """Move run files to replaced/, all or none of them, with copies of some that stay."""
-        if not paths:
-            return
-        replaced, moving = self.file(_REPLACED), self.file(_MOVING)
-        if replaced.is_dir():
-            self._set_aside_more(paths)
-            return
-        moving.mkdir()
-        for path in copies:
-            shutil.copy2(path, moving)
-        for path in paths:
-            path.rename(moving / path.name)
-        moving.rename(replaced)
-        print(f"what was there is kept in {replaced} until the next checkpoint is due", flush=True)
-
-    def _set_aside_more(self, paths: list[Path]) -> None:
-        """The same once more, before the next checkpoint was due.
-
-        If replaced/ holds a whole run, that is still the one to keep, and its successor, which
-        never got far, goes. If it holds the end of this run, the rest joins it.
-        """
-        replaced = self.file(_REPLACED)
-        whole = (replaced / "config.yaml").exists()
-        for path in sorted(paths, key=lambda path: path.name == "config.yaml"):  # it comes last
-            if whole or (replaced / path.name).exists():
-                path.unlink()
-            else:
-                path.rename(replaced / path.name)
-
 
 @contextmanager
 def open_run(path: str | Path, *, may_hold_a_run: bool) -> Iterator[RunFolder]:
     """Create the folder if need be and hold it while the block runs.
 
-    Raises UserError if another process holds it, if it cannot be made, or if it holds a run
-    and `may_hold_a_run` is false.
+    Raises UserError if another process holds it, if it is a file, or if it holds a run and
+    `may_hold_a_run` is false.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"run_dir={path}: is or goes through a file; name a folder") from None
-    except OSError as error:
-        raise explain_os_error(error, path) or UserError(
-            f"run_dir={path}: cannot be made: {error.strerror}"
-        ) from error
-    with exclusive_lock(folder / ".lock", blocking=False):
+    with ExitStack() as stack:
+        stack.enter_context(exclusive_lock(folder / ".lock", blocking=False))
         remove_leftovers(folder)
-        run = RunFolder(folder)
-        run.undo_unfinished_move()
+        run = RunFolder(folder, stack)
         if not may_hold_a_run and run.holds_a_run():
             raise UserError(
-                f"{path}: holds a run already; go on with --resume, replace it with --overwrite, "
-                f"or choose another run_dir="
+                f"{path}: holds a run already; go on with --resume, start over with --overwrite, "
+                f"which keeps it under another name, or choose another run_dir="
             )
-        try:
-            yield run
-        finally:
-            run.close()
+        yield run
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out.
-
-    Raises UserError for a file that cannot be read or is damaged elsewhere.
-    """
+def read_metrics(path: str | Path, *, strict: bool = True) -> list[Row]:
+    """The rows of a metrics.jsonl, without a last line that a crash cut off; none where there is
+    no file. Raises UserError for one that is damaged elsewhere, or leaves such lines out."""
+    if not Path(path).exists():
+        return []
     rows = []
-    for number, row in enumerate(_parse_lines(path), start=1):
-        if row is None:
-            raise UserError(f"{path}: line {number} is damaged")
-        rows.append(row)
-    return rows
-
-
-def _parse_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
-    """Each whole line of a metrics.jsonl, None for a damaged one; no lines if it is missing.
-
-    Raises UserError for a file that cannot be read.
-    """
-    if not os.path.exists(path):
-        return
-    if not os.path.isfile(path):  # opening a pipe could wait for ever
-        raise UserError(f"{path}: is not a regular file")
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    for line in text.split("\n")[:-1]:  # whole lines end in a newline
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n")[:-1], start=1):  # whole lines end in a newline
         try:
             row = json.loads(line)
-            yield {**row, "step": int(row["step"])}
+            rows.append({**row, "step": int(row["step"])})
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-            yield None
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk and the like into a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise explain_os_error(error, path) or UserError(
-            f"{path}: cannot be written: {error.strerror}"
-        ) from error
-
-
-def _step_of(checkpoint: Path) -> int:
-    match = _CHECKPOINT.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _sessions(path: Path) -> list[dict[str, Any]]:
-    """The sessions that an environment.json tells of; none if it is missing or unreadable."""
-    if not path.is_file():
-        return []
-    try:
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return []
-    return sessions if isinstance(sessions, list) else []
+            if not strict:
+                continue
+            raise UserError(f"{path}: line {number} is damaged: {line[:40]!r}") from None
+    return rows

@@ -27,8 +27,12 @@ class UserError(Exception):
     """A user's mistake. The message is one line that names the thing and the remedy."""
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
+def run_main(
+    main: Callable[[], int | None], out_of_memory: str = "use smaller numbers"
+) -> NoReturn:
     """Run a script's `main` and exit with its code (None means 0).
+
+    out_of_memory: the remedy.
 
     A UserError, and an error of the operating system (a full disk, a missing permission), end in
     `error: <one line>` on stderr and exit code 2; Ctrl-C and a closed pipe (`... | head`) end
@@ -47,6 +51,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         # The interpreter flushes stdout once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except (MemoryError, RuntimeError) as error:
+        from megalodon_enwik8.device import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        code = _say(f"out of memory: {out_of_memory}")
     except OSError as error:
         if error.errno is None:  # not of the system
             raise

@@ -18,9 +18,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megalodon_enwik8.command_line import Parser
 from megalodon_enwik8.config import ExperimentConfig, load_config, model_of_key, read_yaml
-from megalodon_enwik8.errors import UserError, run_main
+from megalodon_enwik8.safety import Parser, UserError, run_main
 
 Settings = dict[str, Any]
 

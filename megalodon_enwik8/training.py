@@ -1,50 +1,54 @@
-"""The training loop: one for all models."""
+"""The training loop: one for all models, and what a run writes."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import platform
 import secrets
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from megalodon_enwik8.carried_state import CarriedState
 from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.data import (
     Corpus,
     check_length,
     load_corpus,
-    stream_batch,
     training_batch,
     validation_windows,
 )
-from megalodon_enwik8.description import environment, session, summarize
-from megalodon_enwik8.errors import UserError
-from megalodon_enwik8.evaluation import evaluate, full_validation
-from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
-from megalodon_enwik8.interrupt import StopRequest
-from megalodon_enwik8.models import build_model, compile_layers, load_weights, summed_loss
-from megalodon_enwik8.run_folder import NEWEST, RunFolder, open_run
-from megalodon_enwik8.utils import (
+from megalodon_enwik8.device import (
     autocast,
-    bits_per_byte,
     choose_device,
-    derive_seed,
+    device_name,
     keep_freed_memory,
     peak_memory_bytes,
+    processor_name,
 )
-
-if TYPE_CHECKING:
-    from megalodon import MegalodonCache
+from megalodon_enwik8.evaluation import bits_per_byte, evaluate, score_windows
+from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
+from megalodon_enwik8.models import (
+    build_model,
+    byte_losses,
+    compile_layers,
+    count_parameters,
+    decoder_layers,
+    load_weights,
+)
+from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, open_run
+from megalodon_enwik8.safety import StopRequest, UserError
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
 # of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
@@ -59,28 +63,20 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 
-@dataclass
-class Progress:
-    """What the loop counts besides its steps; part of every checkpoint."""
-
-    seconds: float = 0.0  # in training steps alone
-    skipped_steps: int = 0
-    best_val_loss: float = math.inf
-
-
 def train(
     config: ExperimentConfig, *, resume: str | Path | None = None, overwrite: bool = False
 ) -> int:
     """Train as configured, in config.run_dir.
 
-    resume: a checkpoint's path, or run_folder.NEWEST; overwrite: replace a run that the folder
-    holds. Returns the exit code: 0, or 128 and the number of the signal that asked for an
-    early, saved end (130 for Ctrl-C). Raises UserError for what the user can mend.
+    resume: a checkpoint's path, or run_folder.NEWEST; overwrite: start over in a folder that holds
+    a run, which is renamed. Returns the exit code: 0, or 128 and the number of the signal that
+    asked for an early, saved end (130 for Ctrl-C). Raises UserError for what the user can mend.
     """
     keep_freed_memory()
     device = choose_device()
+    here = Path(config.run_dir).resolve()
     goes_on_here = resume is not None and (
-        resume == NEWEST or Path(resume).parent.resolve() == Path(config.run_dir).resolve()
+        resume == NEWEST or Path(resume).resolve().parent == here
     )
     with open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here) as folder:
         found = folder.find_checkpoint(resume) if resume is not None else None
@@ -89,28 +85,29 @@ def train(
             config = config.model_copy(update={"seed": seed})
             print(f"seed={seed}: drawn, since the config leaves it open", flush=True)
         if found is not None:
-            _check_resumable(*found, config)
+            check_resumable(*found, config)
         corpus = load_corpus(config.data_path, config.data_bytes)
         check_length(corpus, config.seq_len)
-        if config.carry_state:
-            _stream_batch(corpus, config, step=0)  # its errors, before anything is written
         model = build_model(config)
         model.to(device)  # type: ignore[arg-type]
-        optimizer = make_optimizer(model, config)
-        trainer = Trainer(config, folder, corpus, model, optimizer)
+        trainer = Trainer(config, folder, corpus, model, make_optimizer(model, config))
         if found is not None:
             trainer.restore(*found)
         elif resume is not None:
             print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
-        compiled = compile_layers(model, config, config.num_batches)
-        print(summarize(config, model, corpus, device, compiled), flush=True)
-        folder.begin(
-            config,
-            environment(model, corpus),
-            session(device, compiled, trainer.step),
-            resumed=None if found is None else found[1],
-            step=trainer.step,
-        )
+        compiled = compile_layers(model, config)
+        print(describe(config, model, corpus, device, compiled), flush=True)
+        environment = {
+            "corpus": {
+                "name": corpus.name,
+                "sha256": corpus.sha256,
+                "train_bytes": len(corpus.train),
+                "val_bytes": len(corpus.val),
+            },
+            "parameters": count_parameters(model),
+        }
+        session = describe_session(device, compiled, trainer.step)
+        folder.begin(config, environment, session, None if found is None else found[1])
         return trainer.run()
 
 
@@ -140,12 +137,8 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: torch.Tensor,
     config: ExperimentConfig,
-    states: Sequence[MegalodonCache] | None = None,
 ) -> tuple[float, float]:
     """One step on `batch` (sequences, L + 1) int64, `config.batch_size` sequences at a time.
-
-    states: what came before the sequences, one truncated cache for each micro-batch; they are
-    brought up to date.
 
     Each micro-batch runs its own backward on its share of the mean, so the gradient is that of
     the whole batch at the memory of one micro-batch. Returns the mean loss in nats per byte and
@@ -153,13 +146,10 @@ def train_step(
     are.
     """
     device = batch.device
-    tokens = batch[:, 1:].numel()
     loss = torch.zeros((), device=device)
-    micro_batches = batch.split(config.batch_size)
-    for i, rows in enumerate(micro_batches):
-        state = None if states is None else states[i]
+    for micro_batch in batch.split(config.batch_size):
         with autocast(device, config.use_autocast):
-            share = summed_loss(model, rows, state) / tokens
+            share = byte_losses(model, micro_batch).sum() / batch[:, 1:].numel()
         share.backward()
         loss += share.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
@@ -168,6 +158,15 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad()
     return mean_loss, grad_norm
+
+
+@dataclass
+class Progress:
+    """What the loop counts besides its steps; part of every checkpoint."""
+
+    seconds: float = 0.0  # in training steps alone
+    skipped_steps: int = 0
+    best_val_loss: float = math.inf
 
 
 class Trainer:
@@ -193,75 +192,70 @@ class Trainer:
             seq_len=config.seq_len,
             midway=config.val_windows == "search",
         )
-        self.carried: CarriedState | None = None
-        if config.carry_state:
-            self.carried = CarriedState(model, config.sequences_per_step, config.batch_size)
         self.step = 0  # steps done
         self.progress = Progress()
+        self.stop = StopRequest()
 
     def run(self) -> int:
         """The steps that remain, then the final validation. Returns the exit code."""
-        config = self.config
+        config, stop = self.config, self.stop
         bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=None)
         self.model.train()
-        with bar, StopRequest() as stop:
-            while self.step < config.num_batches and not stop.requested():
-                row: dict[str, Any] = {"step": self.step}
-                with stop.between_forwards(self.model):
-                    if _due(self.step, config.validate_every):
-                        row |= self.validate()
-                        _say(bar, self.validation_line(row))
-                    if self.step > 0 and _due(self.step, config.generate_every):
-                        row["sample"] = self.sample()
-                        _say(bar, f"step {self.step}, a sample:\n{row['sample']}\n")
-                if stop.requested():
+        with bar, stop:
+            while self.step < config.num_batches and not stop():
+                row: Row = {"step": self.step}
+                if _due(self.step, config.validate_every):
+                    row |= self.validate(bar)
+                if self.step > 0 and _due(self.step, config.generate_every):
+                    row |= self.sample(bar)
+                if stop():
                     break  # the resumed run does what this one was about to do
                 row |= self.train_one_step()
                 self.folder.log(row)
-                bar.set_postfix_str(_progress_text(row), refresh=False)
-                bar.update()
                 if _due(self.step, config.save_every) or self.step == config.num_batches:
                     self.folder.save_step(self.checkpoint(), config.keep_last)
-                    self.folder.forget_replaced()
-            bar.close()
-            if stop.requested():
-                saved = self.folder.save_step(self.checkpoint(), config.keep_last)
-                print(f"stopped after {self.step} steps, saved {saved}")
-            elif self.finish(stop):
-                return 0
-            else:
-                print("stopped before the end of the final validation, all weights are saved")
-            self.say_how_to_resume()
-            return 128 + stop.signal_number
+                if not stop():
+                    bar.set_postfix_str(_progress_text(row), refresh=False)
+                    bar.update()
+            if not stop():
+                self.finish(bar)
+            elif self.step < config.num_batches:
+                self.folder.save_step(self.checkpoint(), config.keep_last)
+        if not stop():
+            return 0
+        path = shlex.quote(str(self.folder.file("config.yaml")))
+        print(
+            f"stopped after {self.step} steps, all saved; go on with: "
+            f"python train.py --config {path} --resume",
+            flush=True,
+        )
+        return 128 + stop.signal_number
 
-    def say_how_to_resume(self) -> None:
-        config = shlex.quote(str(self.folder.file("config.yaml")))
-        print(f"go on with: python train.py --config {config} --resume", flush=True)
-
-    def train_one_step(self) -> dict[str, Any]:
+    def train_one_step(self) -> Row:
         """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
         config, step = self.config, self.step
         began = time.perf_counter()
         torch.manual_seed(derive_seed(config.seed, step, "dropout"))
-        batch, states = self._draw_batch()
+        batch = training_batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=step,
+            batch_size=config.sequences_per_step,
+            seq_len=config.seq_len,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        loss, grad_norm = train_step(
-            self.model, self.optimizer, batch.to(self.device), config, states
-        )
+        loss, grad_norm = train_step(self.model, self.optimizer, batch.to(self.device), config)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if not finite:
-            if config.on_nonfinite == "stop":
-                raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped, the earlier "
-                    f"checkpoints are good; resume with on_nonfinite=skip, or start again with a "
-                    f"lower learning_rate"
-                )
-            self.progress.skipped_steps += 1
-            if self.carried is not None:
-                self.carried.begin()  # what made the loss infinite may be in the state by now
+        if not finite and config.on_nonfinite == "stop":
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped, the earlier "
+                f"checkpoints are good; resume with on_nonfinite=skip, or start again with a "
+                f"lower learning_rate"
+            )
         seconds = time.perf_counter() - began
         self.step += 1
+        self.progress.skipped_steps += not finite
         self.progress.seconds += seconds
         return {
             # JSON has no nan: a skipped step has neither loss nor norm.
@@ -276,26 +270,12 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
-    def _draw_batch(self) -> tuple[torch.Tensor, Sequence[MegalodonCache] | None]:
-        """The step's batch, and the states before it where the run carries them."""
-        config = self.config
-        if self.carried is None:
-            batch = training_batch(
-                self.corpus.train,
-                seed=config.seed,
-                step=self.step,
-                batch_size=config.sequences_per_step,
-                seq_len=config.seq_len,
-            )
-            return batch, None
-        batch, begins = _stream_batch(self.corpus, config, step=self.step)
-        if begins:
-            self.carried.begin()
-        return batch, self.carried.caches
-
-    def validate(self) -> dict[str, float]:
+    def validate(self, bar: tqdm[NoReturn]) -> Row:
         """The loss on the fixed windows; keeps the weights if they are the best so far."""
-        loss = evaluate(self.model, self.windows, use_autocast=self.config.use_autocast)
+        config = self.config
+        loss = evaluate(self.model, self.windows, use_autocast=config.use_autocast, stop=self.stop)
+        if loss is None:
+            return {}
         if not math.isfinite(loss):
             raise UserError(
                 f"step {self.step}: validation loss {loss}: stopped, the earlier checkpoints are "
@@ -303,18 +283,18 @@ class Trainer:
             )
         # Without the file the best loss is another folder's, whose checkpoint was resumed here.
         best = self.progress.best_val_loss if self.folder.file("best.pt").exists() else math.inf
-        if self.config.keep_best and loss < best:
+        if config.keep_best and loss < best:
             self.progress.best_val_loss = loss
             self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
-        return {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
-
-    def validation_line(self, row: dict[str, Any]) -> str:
-        return (
-            f"step {self.step}: validation loss {row['val_loss']:.4f}, {row['val_bpc']:.4f} BPC "
-            f"({self.progress.seconds:.0f} s of training)"
+        row = {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
+        _say(
+            bar,
+            f"step {self.step}: validation loss {loss:.4f}, {row['val_bpc']:.4f} BPC "
+            f"({self.progress.seconds:.0f} s of training)",
         )
+        return row
 
-    def sample(self) -> str:
+    def sample(self, bar: tqdm[NoReturn]) -> Row:
         """The validation split's first bytes as a prompt, and what the model makes of them."""
         config = self.config
         prompt = self.corpus.val[: config.generate_prompt_len].tobytes()
@@ -325,36 +305,37 @@ class Trainer:
             seed=derive_seed(config.seed, self.step, "sample"),
             temperature=config.temperature,
             min_p=config.min_p,
+            stop=self.stop,
         )
-        return PrintableDecoder().decode(prompt + made, final=True)
+        if self.stop():
+            return {}
+        text = PrintableDecoder().decode(prompt + made, final=True)
+        _say(bar, f"step {self.step}, a sample:\n{text}\n")
+        return {"sample": text}
 
-    def finish(self, stop: StopRequest) -> bool:
-        """Save final.pt, validate on the windows and the whole split, and show a sample.
-
-        Returns whether all was done before a signal came.
-        """
+    def finish(self, bar: tqdm[NoReturn]) -> None:
+        """Save final.pt, validate on the windows and the whole split, and show a sample."""
         config = self.config
         self.folder.save("final.pt", self.checkpoint(with_optimizer=False))
-        row: dict[str, Any] = {"step": self.step}
-        done = False
-        with stop.between_forwards(self.model):
-            row |= self.validate()
-            print(self.validation_line(row), flush=True)
-            if config.full_validation:
-                loss = full_validation(
-                    self.model,
-                    self.corpus.val,
-                    seq_len=config.seq_len,
-                    use_autocast=config.use_autocast,
+        row: Row = {"step": self.step, **self.validate(bar)}
+        if config.full_validation and not self.stop():
+            score = score_windows(
+                self.model,
+                self.corpus.val,
+                context=config.seq_len,
+                stride=config.seq_len,
+                use_autocast=config.use_autocast,
+                stop=self.stop,
+            )
+            if score is not None:
+                row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
+                _say(
+                    bar, f"whole validation split: {score.loss:.4f}, {row['full_val_bpc']:.4f} BPC"
                 )
-                row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
-                print(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
-            if config.generate_every:
-                row["sample"] = self.sample()
-                print(f"step {self.step}, a sample:\n{row['sample']}\n")
-            done = True
-        if not done:
-            return False
+        if config.generate_every and not self.stop():
+            row |= self.sample(bar)
+        if self.stop():
+            return  # the resumed run does all of this again
         row |= {
             "tokens": self.step * config.tokens_per_step,
             "seconds": self.progress.seconds,
@@ -362,8 +343,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         self.folder.log(row)
-        print(f"final weights: {self.folder.file('final.pt')}", flush=True)
-        return True
+        _say(bar, f"final weights: {self.folder.file('final.pt')}")
 
     def checkpoint(self, *, with_optimizer: bool = True) -> Checkpoint:
         return Checkpoint(
@@ -373,9 +353,6 @@ class Trainer:
             progress=asdict(self.progress),
             model_state=self.model.state_dict(),
             optimizer_state=self.optimizer.state_dict() if with_optimizer else None,
-            carried_state=(
-                self.carried.state_dict() if with_optimizer and self.carried is not None else None
-            ),
         )
 
     def restore(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -387,71 +364,49 @@ class Trainer:
             )
         load_weights(self.model, checkpoint, path)
         try:
-            _load_optimizer(self.optimizer, checkpoint.optimizer_state or {})
-            self.progress = _read_progress(checkpoint.progress)
-        except ValueError as error:
-            raise UserError(f"{path}: damaged: {error}") from error
-        if self.carried is not None:
-            try:
-                self.carried.load_state_dict(checkpoint.carried_state or {})
-            except ValueError as error:
-                raise UserError(f"{path}: its carried state does not fit: {error}") from error
+            state = checkpoint.optimizer_state or {}
+            # The moments of a saved optimizer; its settings are those of this run's config.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+            for parameter, moments in self.optimizer.state.items():
+                shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq")]
+                if shapes != [parameter.shape] * 2 or not float(moments["step"]) > 0:
+                    raise ValueError("moments of other weights")
+            counts = checkpoint.progress
+            self.progress = Progress(
+                float(counts["seconds"]),
+                int(counts["skipped_steps"]),
+                float(counts["best_val_loss"]),
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{path}: its optimizer or progress is damaged: {reason}") from error
         self.step = checkpoint.step
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over the moments of a saved Adam; its settings are those of this run's config.
-
-    Raises ValueError for moments that do not fit the parameters.
-    """
-    own = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    saved = state.get("state")
-    if not isinstance(saved, dict):
-        raise ValueError("the optimizer has no state")
-    for index, moments in saved.items():
-        if type(index) is not int or not 0 <= index < len(parameters):
-            raise ValueError("the optimizer has the state of another model")
-        shape = parameters[index].shape
-        wanted = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
-        if not isinstance(moments, dict) or wanted != {
-            name: isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape
-            for name, value in moments.items()
-        }:
-            raise ValueError(f"the optimizer's state of parameter {index} does not fit it")
-    optimizer.load_state_dict({"state": saved, "param_groups": own["param_groups"]})
-
-
-def _read_progress(saved: dict[str, Any]) -> Progress:
-    """Raises ValueError unless `saved` holds the numbers of a Progress."""
-    kinds = {"seconds": (int, float), "skipped_steps": (int,), "best_val_loss": (int, float)}
-    if saved.keys() != kinds.keys() or not all(
-        isinstance(saved[name], kind) for name, kind in kinds.items()
-    ):
-        raise ValueError("the counts of its progress are missing or of the wrong kind")
-    return Progress(**saved)
-
-
-def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig) -> None:
+def check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig) -> None:
     """Raise UserError unless going on from `checkpoint` with `config` continues the same run."""
     if checkpoint.optimizer_state is None:
         raise UserError(
             f"{path}: holds weights only; resume from a checkpoint_*.pt of the same folder"
         )
     before = checkpoint.experiment(path)
-    if before.model != config.model:
-        raise UserError(
-            f"{path}: holds model: {before.model}, the config asks for model: {config.model}"
-        )
+    free = FREE_ON_RESUME - ({"num_batches"} if config.schedule == "cosine" else set())
     then, now = (
         {**each.used(), "batch_size x grad_accum_every": each.sequences_per_step}
         for each in (before, config)
     )
-    free = FREE_ON_RESUME - ({"num_batches"} if config.schedule == "cosine" else set())
-    differing = [key for key in now if key not in free and then[key] != now[key]]
-    if differing:
-        changes = ", ".join(f"{key}={now[key]} (was {then[key]})" for key in differing)
-        raise UserError(f"{path}: the run to resume has another config: {changes}; set it back")
+    changes = [
+        f"{key}={now.get(key)} (was {then.get(key)})"
+        for key in {**then, **now}
+        if key not in free and then.get(key) != now.get(key)
+    ]
+    if before.model != config.model:
+        changes = [f"model={config.model} (was {before.model})"]
+    if changes:
+        raise UserError(
+            f"{path}: the run to resume has another config: {', '.join(changes)}; set it back"
+        )
     if checkpoint.step > config.num_batches:
         raise UserError(
             f"num_batches={config.num_batches}: {path} is at step {checkpoint.step} already; "
@@ -459,15 +414,72 @@ def _check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfi
         )
 
 
-def _stream_batch(corpus: Corpus, config: ExperimentConfig, step: int) -> tuple[torch.Tensor, bool]:
-    return stream_batch(
-        corpus.train,
-        seed=config.seed,
-        step=step,
-        streams=config.sequences_per_step,
-        seq_len=config.seq_len,
-        length=config.carry_steps,
-    )
+def derive_seed(seed: int, step: int, purpose: str) -> int:
+    """A 63-bit seed that is a pure function of its arguments, for torch.manual_seed.
+
+    Seeding anew at each step makes dropout and sampling depend on nothing that happened
+    before, so that a resumed run needs no stored generator state to be exact.
+    """
+    digest = hashlib.blake2b(f"{seed} {step} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def describe(
+    config: ExperimentConfig,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    device: torch.device,
+    compiled: str,
+) -> str:
+    """The lines that open a run's output."""
+    layers, total = decoder_layers(model), count_parameters(model)
+    in_layers = sum(count_parameters(layer) for layer in layers)
+    precision = "bfloat16 autocast" if config.use_autocast else "float32"
+    lines = {
+        "model": f"{config.model}, {total:,} parameters",
+        "": f"{len(layers)} layers x {count_parameters(layers[0]):,} + {total - in_layers:,}",
+        "corpus": f"{corpus.name}: {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.val):,} to validate",
+        "step": f"{config.sequences_per_step} sequences x {config.seq_len} bytes "
+        f"({config.batch_size} at a time), {config.num_batches} steps",
+        "device": f"{device_name(device)}, {precision}",
+        "compile": compiled,
+        "folder": config.run_dir,
+    }
+    return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def describe_session(device: torch.device, compiled: str, step: int) -> dict[str, Any]:
+    """What may differ each time a run is resumed, for environment.json."""
+    return {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "from_step": step,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "compile": compiled,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with `+` when files differ from it; None outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head, changes = (
+            subprocess.run(
+                [*git, *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes else "")
 
 
 def _due(step: int, interval: int) -> bool:
@@ -480,7 +492,7 @@ def _say(bar: tqdm[NoReturn], text: str) -> None:
     sys.stdout.flush()
 
 
-def _progress_text(row: dict[str, Any]) -> str:
+def _progress_text(row: Row) -> str:
     if row["train_loss"] is None:
         return "not finite, skipped"
     return (

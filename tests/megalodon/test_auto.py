@@ -148,7 +148,7 @@ class TestDevices:
         seen: list[Layout] = []
         model = tiny_model()
         model.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[2]))
-        model(IDS, segment_ids=(IDS > 99).long() if packed else None)
+        model(IDS, position_ids=torch.zeros_like(IDS) if packed else None)
         layout = seen[0]
         assert send_to_device(layout, "cpu") is layout
         moved = send_to_device(layout, "meta")

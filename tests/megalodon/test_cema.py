@@ -1,12 +1,7 @@
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 
-from megalodon.ops import cema_blocks, cema_layouts
 from megalodon.ops.cema import (
     BLOCK,
     CEMACoefficients,
@@ -17,10 +12,9 @@ from megalodon.ops.cema import (
     cema_step_coefficients,
 )
 from megalodon.ops.cema_blocks import _cema_blocks
-from megalodon.ops.cema_layouts import BlockLayout, ByBlock, ByChannel
 from megalodon.ops.scan import GROUP
 
-from .gradients import assert_close, assert_same, flatten, values_and_gradients
+from .gradients import assert_close, assert_same, flatten
 
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7, GROUP * BLOCK + 1]
 # float32 is held to the reference in float64. A phase rounded to 2^-24 turns is off by
@@ -54,43 +48,6 @@ def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch
         return function
 
     assert_same(run(cema), run(cema_reference), inputs, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("layout", [ByChannel, ByBlock])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_every_layout_of_the_blocks_equals_the_recurrence(
-    length: int, layout: type[BlockLayout], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cema_blocks, "choose_layout", lambda x: layout)
-    inputs = [torch.randn(2, length, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
-    inputs.append(torch.randn(2, 3, 4, 2, dtype=torch.float64))
-
-    def run(operation):  # type: ignore[no-untyped-def]
-        return lambda x, a, d, t, g, o, h: operation(x, cema_coefficients(a, d, t, g, o), h)
-
-    assert_same(run(cema), run(cema_reference), inputs, 1e-10)
-
-
-@pytest.mark.parametrize("length", [BLOCK + 5, GROUP * BLOCK + 40])
-def test_both_layouts_of_the_blocks_agree_where_states_are_cut_off(
-    length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = [torch.randn(2, length, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
-    inputs.append(torch.randn(2, 3, 4, 2, dtype=torch.float64))
-    keep = (torch.rand(2, -(-length // BLOCK)) < 0.7).double()
-
-    def run(layout: type[BlockLayout]):  # type: ignore[no-untyped-def]
-        def function(x, *given):  # type: ignore[no-untyped-def]
-            monkeypatch.setattr(cema_blocks, "choose_layout", lambda x: layout)
-            return cema_blocks.cema_blocks(
-                x, cema_coefficients(*given[:-1]), given[-1], keep, BLOCK
-            )
-
-        # The backward chooses too.
-        return values_and_gradients(function, inputs)
-
-    for found, expected in zip(run(ByBlock), run(ByChannel), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -229,26 +186,4 @@ def test_the_compiler_is_told_the_truth_about_the_operation(dtype: torch.dtype) 
         block = min(BLOCK, length)
         keep = (torch.rand(2, -(-length // block)) < 0.7).to(dtype)
         for given in ((state, None), (None, None), (state, keep)):
-            torch.library.opcheck(_cema_blocks, (x, *coefficients, *given, block))
-
-
-@pytest.mark.parametrize("file", [cema_blocks, cema_layouts])
-def test_a_changed_operation_has_another_name(
-    file: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A compiler's cache on disk would take it for the old one, and fail on its shapes."""
-    assert file.__file__ is not None
-    assert cema_blocks.__file__ is not None
-    changed = tmp_path / "changed.py"
-    changed.write_text(Path(file.__file__).read_text() + "\n# changed\n")
-    source = changed if file is cema_blocks else cema_blocks.__file__
-    if file is cema_layouts:
-        monkeypatch.setattr(cema_layouts, "__file__", str(changed))
-    spec = importlib.util.spec_from_file_location("megalodon.ops.changed", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ("_cema_blocks", "_cema_blocks_backward"):
-        names = {getattr(each, name)._qualname for each in (cema_blocks, module)}
-        assert len(names) == 2
+            torch.library.opcheck(_cema_blocks, (x, coefficients, *given, block))

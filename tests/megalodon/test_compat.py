@@ -36,7 +36,6 @@ PRIVATE_NAMES = {
     # No public way.
     "_apply": "nn.Module.to(bfloat16) comes by here; norms, CEMA and queries stay float32",
     "_attn_implementation": "what the config's attn_implementation came out as",
-    "_version": "tells whether parameters that decoding keeps products of have changed",
     # A list of names, public by its own name, in a file that no documentation mentions.
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "see compat.make_known_as_causal_lm",
 }

@@ -318,19 +318,15 @@ def test_generation_goes_on_from_a_state_read_by_hand(
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": False}, {"prefill_chunk_size": 5}, {"num_beams": 2}], ids=str
 )
-@pytest.mark.parametrize("kind", ["position_ids", "segment_ids"])
 def test_a_packed_prompt_goes_on_from_its_last_document(
-    model: MegalodonForCausalLM, prompt: Tensor, kind: str, options: dict[str, Any]
+    model: MegalodonForCausalLM, prompt: Tensor, options: dict[str, Any]
 ) -> None:
     first, last = prompt[:1], prompt[1:, :5]
     count = first.shape[1]
-    ids = {
-        "position_ids": torch.cat([torch.arange(count), torch.arange(5)])[None],
-        "segment_ids": torch.tensor([[0] * count + [3] * 5]),
-    }
+    positions = torch.cat([torch.arange(count), torch.arange(5)])[None]
     packed = torch.cat([first, last], dim=1)
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
-    output = model.generate(packed, **{kind: ids[kind]}, **options)
+    output = model.generate(packed, position_ids=positions, **options)
     alone = model.generate(last, **options)
     assert torch.equal(output[:, count:], alone)
 
@@ -339,25 +335,19 @@ def test_a_padded_and_packed_prompt_goes_on_from_its_last_documents(
     model: MegalodonForCausalLM, prompt: Tensor
 ) -> None:
     ids, mask = padded(prompt, (9, prompt.shape[1]))
-    segments = (torch.arange(prompt.shape[1]) >= prompt.shape[1] - 4).long()  # for all rows
+    positions = torch.cat([torch.arange(prompt.shape[1] - 4), torch.arange(4)]).expand_as(ids)
     options = {"max_new_tokens": NEW, "do_sample": False}
-    output = model.generate(ids, attention_mask=mask, segment_ids=segments, **options)
+    output = model.generate(ids, attention_mask=mask, position_ids=positions, **options)
     assert torch.equal(output[:, -NEW - 4 :], model.generate(prompt[:, -4:], **options))
 
 
-def test_generation_refuses_what_it_cannot_go_on_from(
+def test_generation_refuses_prompts_that_end_in_padding(
     model: MegalodonForCausalLM, prompt: Tensor
 ) -> None:
     mask = torch.ones_like(prompt)
     mask[1, -2:] = 0
     with pytest.raises(ValueError, match=r"ends in padding, .* pad prompts on the left"):
         model.generate(prompt, attention_mask=mask, max_new_tokens=2)
-    cache = model(prompt, use_cache=True).cache
-    segments = torch.zeros_like(prompt)
-    with pytest.raises(ValueError, match="segment_ids do not tell whether"):
-        model.generate(prompt, segment_ids=segments, cache=cache, max_new_tokens=2)
-    with pytest.raises(ValueError, match="segment_ids do not tell whether"):
-        model(prompt, segment_ids=segments, cache=cache)
 
 
 def test_a_state_made_in_inference_mode_serves_outside(prompt: Tensor) -> None:
@@ -442,7 +432,7 @@ class TestBadInput:
     def test_unknown_arguments_are_refused(
         self, model: MegalodonForCausalLM, prompt: Tensor
     ) -> None:
-        with pytest.raises(ValueError, match="segment_idx"):
-            model.generate(prompt, max_new_tokens=3, segment_idx=prompt)
-        with pytest.raises(TypeError, match="segment_idx"):
-            model(prompt, segment_idx=prompt)
+        with pytest.raises(ValueError, match="segment_ids"):
+            model.generate(prompt, max_new_tokens=3, segment_ids=prompt)
+        with pytest.raises(TypeError, match="segment_ids"):
+            model(prompt, segment_ids=prompt)

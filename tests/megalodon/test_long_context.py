@@ -1,5 +1,6 @@
 """Long texts: any cut gives the same, the state stays right and small, decoding never ends."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from megalodon import MegalodonCache, MegalodonForCausalLM, modules
 from megalodon.ops.cema import cema_reference
 from megalodon.ops.timestep_norm import timestep_norm_reference
 
+from .gradients import flatten
 from .models import CHUNK, tiny_model
 
 
@@ -70,73 +72,6 @@ def test_the_state_of_a_long_prefill_is_that_of_feeding_token_by_token() -> None
     torch.testing.assert_close(prefilled.final_norm, fed.final_norm, rtol=0, atol=1e-6)
 
 
-def test_a_state_split_into_rows_and_put_together_is_the_same() -> None:
-    model, text = tiny_model(), make_text(50, rows=5)
-    _, cache = stream(model, text, [20, 30])
-    halfway = stream(model, text[:, :20], [20])[1].split(2)
-    assert [part.batch_size for part in halfway] == [2, 2, 1]
-    for part, rows in zip(halfway, text[:, 20:].split(2), strict=True):
-        with torch.no_grad():
-            model(rows, cache=part)
-    together = MegalodonCache.concatenate(halfway)
-    assert (together.positions, together.uniform_length) == (50, 50)
-    loaded = MegalodonCache(model.config).load_state_dict(together.state_dict())
-    for result in (together, loaded):
-        for one, other in zip(
-            result.state_dict()["tensors"], cache.state_dict()["tensors"], strict=True
-        ):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_state_dict_is_a_copy_that_serves_again_and_again() -> None:
-    model, text = tiny_model(), make_text(20)
-    cache = stream(model, text, [20])[1]
-    saved, results = cache.state_dict(), []
-    for _ in range(3):
-        # One token at a time, which is written into the state, past the end of the chunk.
-        for token in make_text(2 * model.config.chunk_size).split(1, dim=1):
-            logits = model(token, cache=cache).logits
-        results.append(logits)
-        cache = MegalodonCache(model.config).load_state_dict(saved)
-    assert torch.equal(results[1], results[0])
-    assert torch.equal(results[2], results[0])
-
-
-def test_a_truncated_state_is_loaded_cut_off() -> None:
-    model = tiny_model()
-    attached = model(make_text(20), use_cache=True).cache
-    cache = MegalodonCache(model.config, truncated=True).load_state_dict(attached.state_dict())
-    for _ in range(2):
-        model(make_text(5), cache=cache).logits.sum().backward()
-
-
-def test_states_that_do_not_belong_together_are_refused() -> None:
-    model = tiny_model()
-    _, cache = stream(model, make_text(20, rows=2), [20])
-    _, later = stream(model, make_text(21, rows=2), [21])
-    _, other = stream(tiny_model(num_layers=1), make_text(20), [20])
-    empty = MegalodonCache(model.config)
-    for wrong in (later, other):
-        with pytest.raises(ValueError, match="only caches of one model at one position"):
-            MegalodonCache.concatenate([cache, wrong])
-    with pytest.raises(ValueError, match="an empty cache has no rows to concatenate"):
-        MegalodonCache.concatenate([cache, empty])
-    with pytest.raises(ValueError, match="an empty cache has no rows to split"):
-        empty.split(1)
-    with pytest.raises(ValueError, match="this state is of another model: "):
-        cache.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match=r"holds 2 rows and the input has 3; pass as many rows"):
-        model(make_text(4, rows=3), cache=cache)
-    # Rows at different places stay so.
-    mask = torch.ones(2, 21)
-    mask[0, :5] = 0
-    ragged = model(make_text(21, rows=2), attention_mask=mask, use_cache=True).cache
-    parts = ragged.split(1)
-    assert MegalodonCache.concatenate(parts).lengths.tolist() == [16, 21]
-    assert MegalodonCache.concatenate(parts).uniform_length is None
-
-
 def saved_bytes(model: MegalodonForCausalLM, length: int) -> int:
     """What the forward pass of a training step keeps for its backward, which runs as well."""
     kept: dict[int, int] = {}
@@ -185,7 +120,7 @@ def test_the_state_after_a_million_tokens_is_as_small_as_after_ten(
     _, early = stream(model, text[:, :16], [16])
     assert (cache.positions, early.positions) == (MILLION, 16)
     assert cache.nbytes == early.nbytes
-    assert all(tensor.isfinite().all() for tensor in cache.state_dict()["tensors"])
+    assert all(tensor.isfinite().all() for tensor in flatten([cache.states, cache.final_norm]))
 
 
 @torch.no_grad()
@@ -193,9 +128,7 @@ def test_generation_goes_on_past_a_million_tokens(
     after_a_million: tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache],
 ) -> None:
     model, _, _, cache = after_a_million
-    byhand = MegalodonCache(model.config).load_state_dict(
-        {**cache.state_dict(), "tensors": [t.clone() for t in cache.state_dict()["tensors"]]}
-    )
+    byhand = copy.deepcopy(cache)
     output = model.generate(
         torch.tensor([[65, 66]]),
         attention_mask=torch.ones(1, MILLION + 2, dtype=torch.int64),

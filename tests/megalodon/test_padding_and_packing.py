@@ -98,11 +98,8 @@ def test_left_padded_greedy_generation_equals_each_prompt_alone(
         assert torch.equal(together[i, ids.shape[1] :], alone[0, len(row) :])
 
 
-@pytest.mark.parametrize("kind", ["position_ids", "segment_ids"])
 @pytest.mark.parametrize("seed", range(4))
-def test_packed_documents_equal_the_documents_alone(
-    model: MegalodonForCausalLM, seed: int, kind: str
-) -> None:
+def test_packed_documents_equal_the_documents_alone(model: MegalodonForCausalLM, seed: int) -> None:
     """Logits, loss and gradients; two rows of several documents each."""
     model = model.double()
     rows = [texts(random_lengths(seed + 20, 5, 3 * CHUNK), seed) for _ in range(2)]
@@ -111,13 +108,11 @@ def test_packed_documents_equal_the_documents_alone(
     rows[1] = list(rows[1][0].tensor_split([first, first + 1, first + 2]))
     ids = torch.stack([torch.cat(documents) for documents in rows])
     positions = torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in rows])
-    numbers = torch.stack(
-        [torch.cat([torch.full((len(d),), i) for i, d in enumerate(row)]) for row in rows]
-    )
-    extra = {kind: positions if kind == "position_ids" else numbers}
     # A document of one token has nothing to predict, and no loss of its own.
     tokens = sum(len(d) - 1 for row in rows for d in row)
-    packed = model(ids, labels=ids, use_cache=True, num_items_in_batch=tokens, **extra)
+    packed = model(
+        ids, labels=ids, position_ids=positions, use_cache=True, num_items_in_batch=tokens
+    )
     packed.loss.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -180,4 +175,4 @@ def test_plain_rows_take_the_plain_path() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("megalodon.layout.build_segments")
         model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(9)[None])
-        model(ids, position_ids=torch.arange(3, 12)[None], segment_ids=torch.full_like(ids, 2))
+        model(ids, position_ids=torch.arange(3, 12)[None])

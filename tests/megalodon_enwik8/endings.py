@@ -32,5 +32,10 @@ def assert_same_ending(one: ExperimentConfig, other: ExperimentConfig) -> None:
         assert torch.equal(weight, other_weights[name]), name
 
 
+def checkpoints_of(config: ExperimentConfig) -> list[Path]:
+    """The checkpoints to resume from, oldest first."""
+    return sorted(Path(config.run_dir).glob("checkpoint_*.pt"))
+
+
 class Crash(Exception):
     pass

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from megalodon import MegalodonCache
-from megalodon_enwik8.ablations import LayerNormInstead
 from megalodon_enwik8.checkpoint import Checkpoint, save_checkpoint
-from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.export import main as export
-from megalodon_enwik8.models import build_model, count_parameters, summed_loss
+from megalodon_enwik8.models import LayerNormInstead, build_model, byte_losses, count_parameters
+from megalodon_enwik8.safety import UserError
 
 ABLATIONS = ["no_cema", "layer_norm"]
 
@@ -83,7 +82,7 @@ def test_what_is_left_out_has_no_say(make_tiny: Any, ablation: str) -> None:
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_every_weight_is_trained(make_tiny: Any, ablation: str) -> None:
     model = build_model(make_tiny("megalodon", ablation=ablation))
-    summed_loss(model, torch.randint(256, (2, 25))).backward()
+    byte_losses(model, torch.randint(256, (2, 25))).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -1,32 +1,97 @@
+"""The benchmark measures what it says, each task in a process of its own, and loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
 import json
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from megalodon_enwik8 import benchmark, benchmark_train
-from megalodon_enwik8.errors import UserError
+from megalodon_enwik8 import benchmark
+from megalodon_enwik8.benchmark import Task
+from megalodon_enwik8.safety import UserError
+
+TINY = Task("train", "megalodon", 64, 128, 1, layers=1, chunk_size=32, new_tokens=3)
+RESULTS = Path(__file__).parents[2] / "results" / "benchmarks"
 
 
-def test_micro_batches_that_do_not_divide_a_step_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--micro-batches 3: must divide 16"):
-        benchmark.main(["train", "--micro-batches", "3", "--out", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+def fake(task: Task, limit: float, cache: str) -> dict[str, Any]:
+    """What a fresh process would answer; a Llama's memory never suffices."""
+    if task.model == "llama":
+        return {"failed": "out of memory"}
+    if task.kind == "turns":
+        steps = {"step_seconds": 2.0, "step_seconds_least": 1.0, "tokens_per_second": 9.0}
+        steps |= {"matrix_products_seconds": 1.0, "step_over_matrix_products": 2.0}
+        return {"time": 0.5, "megalodon": steps, "llama": steps}
+    second = Path(cache).exists()
+    Path(cache).mkdir(exist_ok=True)
+    memory = {"peak_memory_bytes": 100, "device": "cpu", "torch": "2"}
+    return {"first_step_seconds": 5 - second, "compile_seconds": None, **memory}
 
 
-def test_unknown_mode_is_one_line() -> None:
-    with pytest.raises(UserError, match="invalid choice: 'fast'"):
-        benchmark.parse(["train", "--modes", "fast"])
+@pytest.fixture
+def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """run_faked(*arguments, answer=fake): the JSON that a command leaves, in tmp_path; measuring,
+    tables and pictures are faked."""
+    report = "megalodon_enwik8.report"
+    tables = SimpleNamespace(steps_table=str, context_table=str)
+    pictures = SimpleNamespace(
+        check_can_draw=lambda path: None,
+        draw_context=lambda measured, path: path.write_text("picture"),
+    )
+    monkeypatch.setitem(sys.modules, f"{report}.tables", tables)
+    monkeypatch.setitem(sys.modules, f"{report}.pictures", pictures)
+
+    def run(command: str, *arguments: object, answer: Any = fake) -> Any:
+        monkeypatch.setattr(benchmark, "measure_apart", answer)
+        with contextlib.suppress(KeyboardInterrupt):
+            benchmark.main([command, *map(str, arguments), "--out", str(tmp_path)])
+        return json.loads((tmp_path / f"{command}.json").read_text())
+
+    return run
 
 
-def test_functions_take_turns_and_the_first_round_is_not_counted() -> None:
+def test_a_task_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
+    ballast = torch.ones(1_500_000_000, dtype=torch.uint8)
+    figures = benchmark.measure_apart(TINY, 300, str(tmp_path))
+    assert "failed" not in figures
+    assert (figures["rows"], figures["steps"]) == (2, 2)
+    assert figures["tokens_per_second"] == 128 / figures["step_seconds"]
+    assert 1e7 < figures["peak_memory_bytes"] < ballast.nbytes
+
+
+@pytest.mark.parametrize("model", ["megalodon", "llama"])
+def test_reading_and_writing_are_measured(model: str) -> None:
+    figures = benchmark.measure(replace(TINY, kind="decode", model=model))
+    assert figures["prefill_tokens_per_second"] == 64 / figures["prefill_seconds"]
+    assert figures["decode_tokens_per_second"] == 1 / figures["decode_seconds"]
+    if model == "llama":  # keys and values of 67 bytes, six heads of 64
+        assert figures["state_bytes"] == 67 * 2 * 384 * 4
+    else:
+        longer = benchmark.measure(replace(TINY, kind="decode", context=100))
+        assert longer["state_bytes"] == figures["state_bytes"]
+
+
+def test_steps_of_both_models_are_measured_with_their_products() -> None:
+    figures = benchmark.measure(replace(TINY, kind="turns", model="both", micro_batch=1))
+    for name in benchmark.MODELS:  # one repetition: the ratio is that of its two times
+        over = figures[name]["step_seconds"] / figures[name]["matrix_products_seconds"]
+        assert figures[name]["step_over_matrix_products"] == over
+
+
+def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
     calls: list[str] = []
-    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = benchmark_train._alternate(functions, 3, torch.device("cpu"))
+    functions = [lambda name=name: calls.append(name) for name in "ab"]
+    times = benchmark.by_turns(functions, 3, torch.device("cpu"))
     assert calls == ["a", "b"] * 4
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+    assert [len(seconds) for seconds in times] == [3, 3]  # the first round is not counted
+    assert benchmark.ratio([1, 20, 3], [2, 10, 6]) == 0.5  # not 24 / 18
 
 
 def test_bound_is_three_times_the_forward_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,38 +102,92 @@ def test_bound_is_three_times_the_forward_products(monkeypatch: pytest.MonkeyPat
         assert x.dtype == weight.dtype == torch.bfloat16
         counted.append(x.shape[0] * weight.numel())
 
-    products = benchmark_train._matrix_products("llama", 4, 8, torch.device("cpu"))
-    monkeypatch.setattr(benchmark_train.F, "linear", linear)
+    config = Task("turns", "both", 8, 16 * 8, 1, micro_batch=4).config("llama")
+    products = benchmark._matrix_products(benchmark.build_model(config), config)
+    monkeypatch.setattr(benchmark.F, "linear", linear)
     products()
     # 12,489,600 parameters but the 13 norms; the tied embedding is the output matrix.
     assert sum(counted) == 3 * 16 * 8 * (12_489_600 - 13 * 384)
 
 
-def test_peak_memory_is_the_processes_own_not_its_parents() -> None:
-    ballast = torch.ones(600_000_000, dtype=torch.uint8)
-    code = "from megalodon_enwik8.utils import *; print(peak_memory_bytes(torch.device('cpu')))"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(child.stdout) < ballast.nbytes
+@pytest.mark.parametrize(
+    ("task", "limit", "reason"),
+    [
+        (TINY, 0.01, "took more than 0.01 s"),  # torch alone takes longer to load
+        (replace(TINY, layers=0), 300, "num_layers"),
+        (replace(TINY, context=10**6, tokens=10**15), 300, "out of memory"),
+    ],
+)
+def test_a_task_that_fails_says_why(task: Task, limit: float, reason: str, tmp_path: Path) -> None:
+    figures = benchmark.measure_apart(task, limit, str(tmp_path))
+    assert list(figures) == ["failed"]
+    assert reason in figures["failed"]
+
+
+def test_training_steps_have_the_keys_of_the_committed_results(run_faked: Any) -> None:
+    measured = run_faked("train", "--micro-batches", 16)
+    committed = json.loads((RESULTS / "train.json").read_text())
+    assert list(measured) == list(committed)
+    assert list(measured["ratios"][0]) == list(committed["ratios"][0])
+    eager, failed, compiled, _ = measured["rows"]
+    assert set(eager) == set(committed["rows"][0])
+    assert set(compiled) == {*eager, "second_start_seconds"}
+    assert (compiled["first_step_seconds"], compiled["second_start_seconds"]) == (5, 4)
+    assert (failed["model"], failed["failed"]) == ("llama", "out of memory")
+    assert measured["ratios"][0]["memory"] is None
+
+
+def test_each_context_is_a_row_a_failed_one_too(run_faked: Any, tmp_path: Path) -> None:
+    measured = run_faked("context", "--contexts", 128, 64, "--positions", 1000)
+    assert [(row["kind"], row["model"], row["context"]) for row in measured["rows"]] == [
+        (kind, model, context)
+        for kind in ("train", "decode")
+        for context in (64, 128)
+        for model in ("megalodon", "llama")
+    ] + [("decode", "megalodon", 1000)]
+    for row in measured["rows"]:
+        assert ("failed" in row) == (row["model"] == "llama")
+    committed = json.loads((RESULTS / "context.json").read_text())["rows"]
+    assert set(committed[7]) <= set(measured["rows"][1])  # both failed
+    assert (tmp_path / "context.md").read_text() == str(measured)
+    assert (tmp_path / "context.png").read_text() == "picture"
+
+
+@pytest.mark.parametrize("command", ["train", "context"])
+def test_what_is_measured_survives_an_interruption(command: str, run_faked: Any) -> None:
+    asked = []
+
+    def interrupted(task: Task, limit: float, cache: str) -> dict[str, Any]:
+        asked.append(task)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return fake(task, limit, cache)
+
+    rows = run_faked(command, answer=interrupted)["rows"]
+    assert [row["model"] for row in rows] == ["megalodon", "llama"]
+    assert rows[0]["peak_memory_bytes"] == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --micro-batches 3", "--micro-batches: invalid choice: 3"),
+        ("context --contexts 0", "argument --contexts: '0' is not a whole number >= 1"),
+        ("context --measure parts", "invalid choice: 'parts'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(
+    arguments: str, message: str, run_faked: Any
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_faked(*arguments.split(), answer=lambda *_: pytest.fail("measured"))
 
 
 @pytest.mark.slow
-def test_report_holds_what_the_table_shows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--steps", "1", "--modes", "eager", "--micro-batches", "16", "--seq-len", "16"]
-    assert benchmark.main(["train", *arguments, "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "train.json").read_text())
-    assert [row["model"] for row in report["rows"]] == ["megalodon", "llama"]
-    assert all(row["peak_memory_bytes"] > 10**8 for row in report["rows"])
-    (ratio,) = report["ratios"]
-    assert f"| eager | 16 | {ratio['time']:.2f} |" in (tmp_path / "train.md").read_text()
-    assert "Megalodon / Llama" in capsys.readouterr().out
-
-
-def test_a_folder_that_cannot_be_made_is_named_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(benchmark_train, "_measure", lambda *_: pytest.fail("measured"))
-    with pytest.raises(UserError, match="file"):
-        benchmark.main(["train", "--out", str(tmp_path / "file" / "here")])
+def test_the_second_start_finds_what_the_first_compiled(run_faked: Any) -> None:
+    """Of the Llama, whose layers the compiler's cache keeps whole."""
+    arguments = ["--steps", 1, "--modes", "compiled", "--micro-batches", 16, "--seq-len", 16]
+    measured = run_faked("train", *arguments, answer=benchmark.measure_apart)
+    llama = measured["rows"][1]
+    assert llama["second_start_seconds"] < llama["first_step_seconds"]
+    assert measured["ratios"][0]["memory"] > 0

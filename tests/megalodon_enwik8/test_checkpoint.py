@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import pickle
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_enwik8 import checkpoint as module
-from megalodon_enwik8 import files
+from megalodon_enwik8 import safety
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.models import build_model, restore_model
+from megalodon_enwik8.safety import UserError
 
 EXAMPLE = Checkpoint(
     config={"run_dir": "x", "model": "llama"},
@@ -75,7 +73,7 @@ def test_a_truncated_file_is_recognised(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.pt"
     path.write_bytes(saved[: data.draw(st.integers(0, len(saved) - 1))])
-    with pytest.raises(UserError, match=r"cut.pt: truncated, damaged or not a checkpoint"):
+    with pytest.raises(UserError, match=r"cut.pt: (truncated, damaged|no such)"):
         load_checkpoint(path)
 
 
@@ -131,100 +129,51 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path, legacy: bool) -> N
     assert fuse.exists()
 
 
-def test_a_compressed_archive_is_not_unpacked(saved: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "bomb.pt"
-    with (
-        zipfile.ZipFile(io.BytesIO(saved)) as original,
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in original.namelist():
-            packed.writestr(name, original.read(name))
-    with pytest.raises(UserError, match="damaged or not a checkpoint"):
-        load_checkpoint(path)
+HEAD = {"format": module.FORMAT, "version": module.VERSION}
 
 
 @pytest.mark.parametrize(
-    ("content", "line"),
+    "content",
     [
-        ({"weight": torch.ones(2)}, "not a checkpoint of train.py"),
-        (torch.ones(2), "not a checkpoint of train.py"),
-        ({"format": module.FORMAT, "version": 99}, "written in format 99, this program reads up"),
-        ({"format": module.FORMAT, "version": 1}, "damaged: config is missing"),
-        ({**vars(EXAMPLE), "format": module.FORMAT, "version": 1, "step": "3"}, "step is missing"),
-        ({**vars(EXAMPLE), "format": module.FORMAT, "version": 1, "step": -1}, "step is -1"),
-        ({**vars(EXAMPLE), "format": module.FORMAT, "version": 1, "step": True}, "step is True"),
+        {"weight": torch.ones(2)},
+        torch.ones(2),
+        {**vars(EXAMPLE), **HEAD, "version": 99},
+        {**vars(EXAMPLE), **HEAD, "format": "another"},
+        HEAD,
+        {**vars(EXAMPLE), **HEAD, "step": "3"},
+        {**vars(EXAMPLE), **HEAD, "model_state": [torch.ones(2)]},
     ],
+    ids=str,
 )
-def test_other_content_is_named(tmp_path: Path, content: Any, line: str) -> None:
+def test_other_content_is_one_sentence(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match=r"x.pt: truncated, damaged, of a newer version or not"):
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_missing_checkpoint_is_named_with_what_there_is_instead(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"b/none.pt: no such checkpoint: nor is there a folder"):
-        load_checkpoint(tmp_path / "b" / "none.pt")
-    with pytest.raises(UserError, match=r"none.pt: no such checkpoint: the folder holds none"):
-        load_checkpoint(tmp_path / "none.pt")
+def test_a_missing_checkpoint_is_named_with_what_there_is_instead(tmp_path: Path) -> None:
+    for path in (tmp_path / "b" / "none.pt", tmp_path / "none.pt", tmp_path):
+        with pytest.raises(UserError, match=r"no such checkpoint: .* holds none"):
+            load_checkpoint(path)
     for step in range(6):
         (tmp_path / f"checkpoint_{step}.pt").touch()
-    with pytest.raises(UserError, match=r"folder holds checkpoint_2.pt, .*_5.pt and 2 more$"):
+    with pytest.raises(UserError, match=r" holds checkpoint_2.pt, .*_5.pt; train.py writes"):
         load_checkpoint(tmp_path / "none.pt")
-
-
-def test_folder_and_plain_pickle_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder; name a checkpoint in it"):
-        load_checkpoint(tmp_path)
-    (tmp_path / "x.pt").write_bytes(pickle.dumps(vars(EXAMPLE)["config"]))
-    with pytest.raises(UserError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "x.pt")
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_number_that_is_not_finite_is_named_and_neither_saved_nor_loaded(
-    tmp_path: Path, value: float
-) -> None:
+def test_a_number_that_is_not_finite_is_not_saved(tmp_path: Path, value: float) -> None:
     bad = torch.tensor([1.0, value])
-    path = tmp_path / "x.pt"
-    for changes, name in (
-        ({"model_state": {"weight": bad}}, "model_state.weight"),
-        ({"optimizer_state": {"state": {0: {"exp_avg": bad}}}}, "optimizer_state.state.0.exp_avg"),
-        ({"carried_state": {"tensors": [torch.ones(1), bad]}}, "carried_state.tensors.1"),
+    for changes in (
+        {"model_state": {"weight": bad}},
+        {"optimizer_state": {"state": {0: {"exp_avg": bad}}}},
     ):
-        with pytest.raises(UserError, match=f"^step 3: {name} is not finite, nothing was saved"):
-            save_checkpoint(path, replace(EXAMPLE, **changes))
+        with pytest.raises(UserError, match=r"^step 3: a weight is not finite, nothing was saved"):
+            save_checkpoint(tmp_path / "x.pt", replace(EXAMPLE, **changes))
         assert list(tmp_path.iterdir()) == []
-        torch.save({"format": module.FORMAT, "version": 1, **vars(EXAMPLE), **changes}, path)
-        with pytest.raises(UserError, match=f"x.pt: {name} is not finite: it was not loaded"):
-            load_checkpoint(path)
-        path.unlink()
-
-
-def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
-    for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(UserError, match="is not a regular file; name a checkpoint"):
-            load_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "line"),
-    [
-        (torch.ones(1).expand(10**6, 10**6), "claims more than the file holds"),
-        (torch.ones(3, device="meta"), "is not a plain tensor"),
-        (torch.ones(3).to_sparse(), "is not a plain tensor"),
-    ],
-    ids=["expanded", "meta", "sparse"],
-)
-def test_a_tensor_that_is_not_what_the_file_holds_is_refused(
-    tmp_path: Path, tensor: torch.Tensor, line: str
-) -> None:
-    changes = {"model_state": {"weight": tensor}}
-    torch.save(
-        {"format": module.FORMAT, "version": 1, **vars(EXAMPLE), **changes}, tmp_path / "x.pt"
-    )
-    with pytest.raises(UserError, match=f"x.pt: model_state.weight {line}"):
-        load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("written", [0, 1000])
@@ -233,18 +182,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(
 ) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(saved)
-    write = files._RawFile.write
+    write = io.FileIO.write
     room = [written]
 
-    def full(self: Any, data: Any) -> int:
-        room[0] -= len(data)
-        if room[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, data)
+    class Full(safety._RawFile):
+        def write(self, data: Any) -> int:
+            room[0] -= len(data)
+            if room[0] < 0:
+                self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+                raise self.failure
+            return write(self, data)
 
-    monkeypatch.setattr(files._RawFile, "write", full)
-    with pytest.raises(UserError, match="disk is full"):
+    monkeypatch.setattr(safety, "_RawFile", Full)
+    with pytest.raises(OSError, match="No space left") as caught:
         save_checkpoint(path, replace(EXAMPLE, step=4))
+    assert caught.value.filename == str(path)
     monkeypatch.undo()
     assert load_checkpoint(path).step == 3
     assert os.listdir(tmp_path) == ["x.pt"]
@@ -268,7 +220,6 @@ def test_weights_of_another_model_or_size_are_refused(make_tiny: Any) -> None:
         make_tiny("megalodon"),
         make_tiny("llama", depth=1),
         make_tiny("llama", depth=3),
-        make_tiny("llama", dim=2**20),  # terabytes, if it were built before it is compared
     ]
     for config in strangers:
         wrong = replace(EXAMPLE, config=config.used(), model_state=weights)

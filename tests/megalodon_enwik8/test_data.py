@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
+import io
 import itertools
 import lzma
 import os
 import random
-import socket
 import sys
+import tempfile
+import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,11 +35,11 @@ from megalodon_enwik8.data import (
     Corpus,
     check_length,
     load_corpus,
+    split_point,
     training_batch,
     validation_windows,
 )
-from megalodon_enwik8.download import Source
-from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.safety import UserError
 
 TEXT = random.Random(1).randbytes(100_000)
 ALL_BYTES = np.arange(256, dtype=np.uint8)
@@ -48,127 +53,164 @@ def held_by(corpus: Corpus) -> bytes:
     return corpus.train.tobytes() + corpus.val.tobytes()
 
 
+def zipped(*texts: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/", b"")
+        for number, text in enumerate(texts):
+            archive.writestr(f"../../{number}", text)
+    return buffer.getvalue()
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".txt": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zip": zipped,
+}
+every_kind = pytest.mark.parametrize("suffix", PACK)
+packed_kinds = pytest.mark.parametrize("suffix", data.PACKED)
+
+
 def write(folder: Path, name: str, text: bytes = TEXT) -> str:
     """Store `text` in `folder` the way `name` says; return the path."""
     path = folder / name
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("text", text)
-    else:
-        pack: dict[str, Callable[[bytes], bytes]] = {
-            ".gz": gzip.compress,
-            ".bz2": bz2.compress,
-            ".xz": lzma.compress,
-        }
-        path.write_bytes(pack.get(path.suffix, bytes)(text))
+    path.write_bytes(PACK.get(path.suffix, bytes)(text))
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here may even look a name up."""
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture
-def enwik8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let TEXT be enwik8, and 95,000 its usual limit."""
-    source = replace(data.ENWIK8, size=len(TEXT), sha256=sha256(TEXT))
-    monkeypatch.setattr(data, "ENWIK8", source)
-    monkeypatch.setattr(data, "ENWIK8_DATA_BYTES", 95_000)
-
-
-KINDS = ["", ".txt", ".gz", ".bz2", ".xz", ".zip"]
-
-
-@pytest.mark.parametrize("suffix", KINDS)
-def test_every_kind_of_file_is_the_same_corpus(tmp_path: Path, suffix: str) -> None:
-    corpus = load_corpus(write(tmp_path, f"mine{suffix}"))
-    assert held_by(corpus) == TEXT
-    assert corpus.sha256 == sha256(TEXT)
-    assert corpus.name == f"mine{suffix}"
-
-
-@pytest.mark.parametrize("suffix", KINDS)
-@pytest.mark.parametrize("data_bytes", [1, 10, 99_999, 100_000])
-def test_data_bytes_takes_the_first_bytes(tmp_path: Path, suffix: str, data_bytes: int) -> None:
+@every_kind
+@pytest.mark.parametrize("data_bytes", [None, 1, 10, 99_999, 100_000])
+def test_every_kind_of_file_is_the_same_corpus(
+    tmp_path: Path, suffix: str, data_bytes: int | None
+) -> None:
     corpus = load_corpus(write(tmp_path, f"mine{suffix}"), data_bytes)
-    assert held_by(corpus) == TEXT[:data_bytes]
-    assert corpus.sha256 == sha256(TEXT[:data_bytes])
-
-
-def test_first_nine_tenths_train_and_the_rest_validates(tmp_path: Path) -> None:
-    corpus = load_corpus(write(tmp_path, "mine"))
-    assert corpus.train.tobytes() == TEXT[:90_000]
-    assert corpus.val.tobytes() == TEXT[90_000:]
+    used = TEXT[:data_bytes]
+    assert corpus.train.tobytes() == used[: split_point(len(used))]
+    assert corpus.val.tobytes() == used[split_point(len(used)) :]
+    assert corpus.sha256 == sha256(used)
+    assert corpus.name == f"mine{suffix}"
+    assert type(corpus.train) is np.ndarray
     assert corpus.train.dtype == np.uint8
+    assert not corpus.train.flags.writeable
 
 
-def test_corpus_cannot_be_changed(tmp_path: Path) -> None:
-    corpus = load_corpus(write(tmp_path, "mine"))
-    with pytest.raises(ValueError, match="read-only"):
-        corpus.train[0] = 0
+@every_kind
+def test_more_bytes_than_there_are_none_asked_for_and_an_empty_text_are_one_line_each(
+    tmp_path: Path, suffix: str
+) -> None:
+    path, empty = write(tmp_path, f"mine{suffix}"), write(tmp_path, f"empty{suffix}", b"")
+    for name, data_bytes, message in [
+        (path, 100_001, r"data_bytes=100001: .* has 100000 bytes"),
+        (path, 0, "data_bytes=0: "),
+        (path, -1, "data_bytes=-1: "),
+        (empty, None, "is empty"),
+        (empty, 10, "is empty"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_corpus(name, data_bytes)
 
 
-@pytest.mark.parametrize("suffix", KINDS)
-def test_more_bytes_than_there_are_is_one_line(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(UserError, match=r"data_bytes=100001: .* has 100000 bytes"):
-        load_corpus(write(tmp_path, f"mine{suffix}"), 100_001)
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_parts_packed_one_by_one_are_one_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"mine{suffix}"
+    path.write_bytes(PACK[suffix](b"one ") + PACK[suffix](b"two"))
+    assert held_by(load_corpus(str(path))) == b"one two"
 
 
-@pytest.mark.parametrize("data_bytes", [0, -1])
-def test_no_bytes_is_one_line(tmp_path: Path, data_bytes: int) -> None:
-    with pytest.raises(UserError, match=f"data_bytes={data_bytes}: "):
-        load_corpus(write(tmp_path, "mine"), data_bytes)
+def right_or_refused(suffix: str, packed: bytes, text: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns about some of the damage before it raises
+        path = Path(folder, f"file{suffix}")
+        path.write_bytes(packed)
+        with contextlib.suppress(UserError):
+            assert held_by(load_corpus(str(path))) == text
+        assert os.listdir(folder) == [path.name]
 
 
-@pytest.mark.parametrize("suffix", KINDS)
-@pytest.mark.parametrize("data_bytes", [None, 10])
-def test_empty_text_is_one_line(tmp_path: Path, suffix: str, data_bytes: int | None) -> None:
-    with pytest.raises(UserError, match="is empty"):
-        load_corpus(write(tmp_path, f"mine{suffix}", b""), data_bytes)
+@packed_kinds
+@given(chance=st.data())
+def test_damaged_file_is_refused_or_read_right(suffix: str, chance: st.DataObject) -> None:
+    text = b"the state of\n[[a]] text" * 300
+    packed = bytearray(PACK[suffix](text))
+    right_or_refused(suffix, packed[: chance.draw(st.integers(0, len(packed) - 1))], text)
+    right_or_refused(suffix, chance.draw(st.binary(max_size=500)), b"")
+    for place in chance.draw(st.lists(st.integers(0, len(packed) - 1), min_size=1, max_size=5)):
+        packed[place] = chance.draw(st.integers(0, 255))
+    right_or_refused(suffix, packed, text)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zip"])
+@packed_kinds
 @pytest.mark.parametrize("data_bytes", [None, 10])
 def test_damage_behind_the_bytes_asked_for_is_found_too(
     tmp_path: Path, suffix: str, data_bytes: int | None
 ) -> None:
     path = Path(write(tmp_path, f"mine{suffix}"))
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"cut off|not a valid"):
+    with pytest.raises(UserError, match=rf"mine{suffix} is cut off, damaged .*: get it again"):
         load_corpus(str(path), data_bytes)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zip"])
+@packed_kinds
 @pytest.mark.parametrize("data_bytes", [None, 10])
-def test_bomb_is_refused(
+def test_absurdly_large_text_is_refused_and_costs_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, data_bytes: int | None
 ) -> None:
-    monkeypatch.setattr(data, "MAX_UNPACKED", 1 << 20)
-    path = write(tmp_path, f"mine{suffix}", bytes((1 << 20) + 1))
-    with pytest.raises(UserError, match="holds more than 1,048,576 bytes"):
-        load_corpus(path, data_bytes)
+    monkeypatch.setattr(data, "MAX_UNPACKED", 1 << 22)
+    path = write(tmp_path, f"mine{suffix}", bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="unpacks to more than 4,194,304 bytes"):
+            load_corpus(path, data_bytes)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
 
 
-def test_large_raw_file_is_read_as_far_as_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "MAX_UNPACKED", 10)
-    path = write(tmp_path, "mine")
-    assert len(held_by(load_corpus(path, 50_000))) == 50_000
-    with pytest.raises(UserError, match="with data_bytes"):
-        load_corpus(path)
+def test_large_raw_file_takes_no_memory(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine", bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        assert len(load_corpus(path).train) == split_point(64 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", ["absent", "absent.gz", "enwik8.zip", "enwik8.bz2", ""])
-def test_missing_file_is_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"no such file|is a folder"):
-        load_corpus(str(tmp_path / name))
+def test_what_is_no_packed_file_that_can_be_read_is_one_line(tmp_path: Path) -> None:
+    encrypted = bytearray(zipped(TEXT))
+    encrypted[encrypted.rindex(b"PK\x01\x02") + 8] |= 1
+    for packed, message in [
+        (zipped(), "holds 0 files"),
+        (zipped(TEXT, TEXT), "holds 2 files"),
+        (bytes(encrypted), "is encrypted"),
+        (TEXT, "not a zip file"),
+    ]:
+        path = tmp_path / "x.zip"
+        path.write_bytes(packed)
+        with pytest.raises(UserError, match=rf"x\.zip is .*{message}.* name the unpacked file"):
+            load_corpus(str(path))
+
+
+def test_absent_folder_and_pipe_are_one_line_each(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    (tmp_path / "enwik8.gz").mkdir()
+    for name, message in {
+        "absent": "absent: no such file: check data_path",
+        "absent.gz": "absent.gz: no such file",
+        "enwik8.zip": "enwik8.zip: no such file",
+        "file/x": "x: no such file",
+        "a\0b": "no such file",
+        "a\0b/enwik8": "no such file",
+        "": "is a folder",
+        "enwik8.gz": "is a folder",
+        "pipe": "not a regular file",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_corpus(str(tmp_path / name))
 
 
 def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,71 +219,29 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert held_by(load_corpus("~/mine")) == TEXT
 
 
-@pytest.mark.usefixtures("enwik8")
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zip"])
-def test_enwik8_is_verified_and_cut_as_published(tmp_path: Path, suffix: str) -> None:
+def test_enwik8_is_held_to_its_sum_and_cut_as_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(data, "ENWIK8_SIZE", len(TEXT))
+    monkeypatch.setattr(data, "ENWIK8_SHA256", sha256(TEXT))
+    monkeypatch.setattr(data, "ENWIK8_DATA_BYTES", 95_000)
     path = write(tmp_path, f"enwik8{suffix}")
     corpus = load_corpus(path)
     assert corpus.name == "enwik8"
     assert held_by(corpus) == TEXT[:95_000]
     assert held_by(load_corpus(path, len(TEXT))) == TEXT
-
-
-@pytest.mark.usefixtures("enwik8")
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (TEXT[:95_000], "holds 95,000 bytes, expected 100,000: rename it"),
-        (TEXT + b"x", "holds more than the expected 100,000 bytes: rename it"),
-        (bytes(10**7), "holds more than the expected 100,000 bytes: rename it"),
-        (
-            bytes(100_000),
-            f"has SHA-256 {sha256(bytes(100_000))}, expected {sha256(TEXT)}: rename it",
-        ),
-    ],
-)
-def test_another_text_under_the_name_enwik8_is_one_line(
-    tmp_path: Path, suffix: str, text: bytes, message: str
-) -> None:
-    path = write(tmp_path, f"enwik8{suffix}", text)
-    with pytest.raises(UserError, match=message):
-        load_corpus(path)
+    for text in (TEXT[:95_000], TEXT + b"x", bytes(10**7), bytes(len(TEXT))):
+        write(tmp_path, f"enwik8{suffix}", text)
+        with pytest.raises(UserError, match=rf"100,000 bytes, SHA-256 {sha256(TEXT)}: .* rename"):
+            load_corpus(path)
     renamed = Path(path).rename(tmp_path / f"mine{suffix}")
-    assert held_by(load_corpus(str(renamed))) == text
+    assert held_by(load_corpus(str(renamed))) == bytes(len(TEXT))
 
 
-@pytest.mark.parametrize("name", ["enwik8", "enwik8.gz"])
-def test_absent_enwik8_without_network_says_where_to_put_it(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "data" / name
-    with pytest.raises(UserError) as caught:
-        load_corpus(str(path))
-    assert str(caught.value) == (
-        "cannot fetch http://mattmahoney.net/dc/enwik8.zip: Name or service not known. "
-        f"Get it by other means, put it at {path.parent}/enwik8.zip and set "
-        f"data_path={path.parent}/enwik8.zip, or run on the sample: data_path=sample"
-    )
-    assert os.listdir(path.parent) == [f"{name}.lock"]
-
-
-def test_absent_enwik8_is_fetched_to_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enwik8: None
-) -> None:
-    def fetch(source: Source, target: Path, *, progress: bool) -> None:
-        assert (source, progress) == (data.ENWIK8, False)
-        write(tmp_path, target.name)
-
-    monkeypatch.setattr(data, "fetch", fetch)
-    for name in ("enwik8", "enwik8.gz"):
-        assert held_by(load_corpus(str(tmp_path / name), progress=False)) == TEXT[:95_000]
-
-
-gensim_only = pytest.mark.skipif(
+@pytest.mark.skipif(
     importlib.util.find_spec("gensim") is None, reason="needs gensim, of the extra [sample]"
 )
-
-
-@gensim_only
 def test_sample_is_the_documented_text_and_does_not_import_gensim() -> None:
     imported_before = "gensim" in sys.modules
     corpus = load_corpus("sample")
@@ -252,38 +252,100 @@ def test_sample_is_the_documented_text_and_does_not_import_gensim() -> None:
     assert ("gensim" in sys.modules) == imported_before
 
 
-@pytest.fixture
-def fake_gensim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A gensim with nothing in it; returns the folder of its test data."""
-    spec = importlib.util.spec_from_file_location(
-        "gensim", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
-    )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    folder = tmp_path / "test" / "test_data"
+def install(monkeypatch: pytest.MonkeyPatch, site: Path | None) -> None:
+    """Let packages be found in `site`, or nowhere."""
+
+    def find_spec(name: str) -> Any:
+        return site and SimpleNamespace(submodule_search_locations=[str(site / name)])
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3+cpu")
+
+
+def test_package_that_is_absent_or_has_another_text_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, None)
+    with pytest.raises(UserError, match=r'gensim.*pip install -e "\.\[sample\]"'):
+        load_corpus("sample")
+    install(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match="no such file: pip install --force-reinstall gensim"):
+        load_corpus("sample")
+    folder = tmp_path / "gensim" / "test" / "test_data"
     folder.mkdir(parents=True)
-    return folder
-
-
-def test_sample_without_gensim_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[sample\]"'):
+    write(folder, data.SAMPLE_FILE)
+    with pytest.raises(UserError, match=r"not the text of 6,089,746 bytes.*: pip install"):
         load_corpus("sample")
 
 
-def test_gensim_without_the_text_is_one_line(fake_gensim: Path) -> None:
-    with pytest.raises(UserError, match=r"this gensim lacks .*: pip install --force"):
-        load_corpus("sample")
+@pytest.mark.parametrize("name", ["sample", "code"])
+def test_file_cannot_pass_for_a_built_in_text(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"taken for the {name}: rename it"):
+        load_corpus(write(tmp_path, name))
 
 
-def test_gensim_with_another_text_is_one_line(fake_gensim: Path) -> None:
-    write(fake_gensim, data.SAMPLE_FILE)
-    with pytest.raises(UserError, match="holds 100,000 bytes, expected 6,089,746: pip install"):
-        load_corpus("sample")
+def lay_out(site: Path, line_end: str = "\n", reverse: bool = False) -> None:
+    """Two packages of 41 units of about 1,000 bytes."""
+    names = [f"torch/p{i}/deep/{j}" for i in range(20) for j in range(2)]
+    names += [f"torch/{name}" for name in ("__init__", "version")]
+    names += [f"transformers/q{i}/{j}" for i in range(19) for j in range(2)]
+    names += [f"transformers/models/{name}/modeling" for name in ("a", "b")]
+    for name in sorted(names, reverse=reverse):
+        file = site / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text of {name}\n" * 20 + "end", newline=line_end)
+        file.with_suffix(".txt").write_text("no source")
 
 
-def test_file_called_sample_cannot_pass_for_the_sample(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="taken for the sample: rename it"):
-        load_corpus(write(tmp_path, "sample"))
+def paths_in(part: Bytes) -> list[str]:
+    lines = part.tobytes().decode().splitlines()
+    return [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+
+
+def test_code_is_split_between_whole_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tmp_path)
+    lay_out(tmp_path)
+    corpus = load_corpus("code")
+    assert corpus.name == "code (torch 1.2.3, transformers 1.2.3)"
+    train, val = paths_in(corpus.train), paths_in(corpus.val)
+    assert train == sorted(train)
+    assert val == sorted(val)
+    units = [{"/".join(path.split("/")[:-1][:2]) for path in part} for part in (train, val)]
+    assert not units[0] & units[1]
+    assert 3 <= len(units[1]) <= 6  # of 41
+    assert "torch/version.py" not in train + val
+    size = len(held_by(corpus))
+    assert (len(corpus.train), len(corpus.val)) == (split_point(size), size - split_point(size))
+    assert corpus.sha256 == sha256(held_by(corpus))
+
+    monkeypatch.setattr(data, "CODE_SHA256", corpus.sha256)
+    assert load_corpus("code").name == "code"
+    part = load_corpus("code", 5000)
+    assert part.name == "code"
+    assert corpus.train.tobytes().startswith(part.train.tobytes())
+    assert corpus.val.tobytes().startswith(part.val.tobytes())
+    assert (len(part.train), len(part.val)) == (4500, 500)
+    with pytest.raises(UserError, match=f"code has {size} bytes"):
+        load_corpus("code", size + 1)
+
+
+def test_code_is_the_same_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = set()
+    for name, line_end, reverse in (("a", "\n", False), ("b", "\r\n", True)):
+        lay_out(tmp_path / name, line_end, reverse)
+        (tmp_path / name / "torch" / "version.py").write_text(name)
+        install(monkeypatch, tmp_path / name)
+        sums.add(load_corpus("code").sha256)
+    assert len(sums) == 1
+
+
+def test_code_of_the_installed_packages_is_as_documented() -> None:
+    corpus = load_corpus("code")
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    locked = [version.split("+")[0] for version in versions] == ["2.13.0", "5.24.0"]
+    assert (corpus.name == "code") == locked
+    assert (corpus.sha256 == data.CODE_SHA256) == locked
+    assert (len(corpus.train), len(corpus.val)) == (85_500_000, 9_500_000) or not locked
 
 
 def batch(train: Bytes, **options: Any) -> torch.Tensor:

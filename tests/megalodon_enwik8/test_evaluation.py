@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -16,10 +15,10 @@ import torch
 
 from megalodon_enwik8 import evaluation
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.errors import run_main
-from megalodon_enwik8.evaluation import evaluate, full_validation, main
-from megalodon_enwik8.models import build_model, summed_loss
+from megalodon_enwik8.evaluation import evaluate, main, score_windows
+from megalodon_enwik8.models import build_model, byte_losses
 from megalodon_enwik8.run_folder import read_metrics
+from megalodon_enwik8.safety import run_main
 from megalodon_enwik8.training import train
 
 from .conftest import TINY
@@ -36,7 +35,7 @@ def test_batches_of_any_size_give_the_mean_over_windows(
     windows = torch.randint(256, (7, 25))
     model.eval()
     with torch.no_grad():
-        each = [summed_loss(model, window[None]).item() / 24 for window in windows]
+        each = [byte_losses(model, window[None]).sum().item() / 24 for window in windows]
     for tokens in (1, 60, 8192):
         monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", tokens)
         assert evaluate(model, windows, use_autocast=False) == pytest.approx(np.mean(each))
@@ -52,16 +51,17 @@ def test_evaluation_leaves_the_model_training_and_the_generator_alone(model: Any
 
 
 @pytest.mark.parametrize("length", [2, 24, 25, 26, 49, 60, 100])
-def test_full_validation_predicts_each_byte_but_the_first_once(model: Any, length: int) -> None:
+def test_windows_side_by_side_predict_each_byte_but_the_first_once(model: Any, length: int) -> None:
     text = np.random.default_rng(7).integers(256, size=length, dtype=np.uint8)
     model.eval()
     total = 0.0
     with torch.no_grad():
         for start in range(0, length - 1, 24):
             piece = torch.from_numpy(text[start : start + 25].astype(np.int64))
-            total += summed_loss(model, piece[None]).item()
-    loss = full_validation(model, text, seq_len=24, use_autocast=False)
-    assert loss == pytest.approx(total / (length - 1))
+            total += byte_losses(model, piece[None]).sum().item()
+    score = score_windows(model, text, context=24, stride=24, use_autocast=False)
+    assert score is not None
+    assert score.loss == pytest.approx(total / (length - 1))
 
 
 @pytest.fixture(scope="module")
@@ -119,26 +119,22 @@ def test_without_options_the_figure_is_that_of_the_training(
     assert f"{result['bpc']:.4f} BPC" in capfd.readouterr().out
 
 
-def test_figures_and_picture_go_where_they_are_asked_to(
+def test_figures_go_where_they_are_asked_to(
     trained: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_bytes(b"another text " * 100)
-    windows, stream, picture = tmp_path / "w.json", tmp_path / "s.json", tmp_path / "p.svg"
+    windows, stream = tmp_path / "w.json", tmp_path / "s.json"
     text = ("--data-path", other, "--data-bytes", 1000, "--split", "train")
     assert run(trained["llama"], "--context", 100, "--stride", 10, *text, "--out", windows) == 0
-    options = ("--stream", "--streams", 4, "--segment", 9, "--picture", picture)
-    assert run(trained["megalodon"], *options, *text, "--out", stream, "--beside", windows) == 0
+    options = ("--stream", "--streams", 4, "--segment", 9)
+    assert run(trained["megalodon"], *options, *text, "--out", stream) == 0
     assert "state of a stream: 2," in capfd.readouterr().out
     for path in (windows, stream):
         result = json.loads(path.read_text())
         assert (result["corpus"], result["predicted"]) == ("other.txt", 899)
         assert result["trained_on_this_corpus"] is False
     assert json.loads(stream.read_text())["reading"] == {"streams": 4, "segment": 9}
-    drawing = picture.read_text()
-    assert "<svg" in drawing
-    assert run(trained["megalodon"], *options, *text, "--out", stream, "--beside", windows) == 0
-    assert picture.read_text() == drawing
 
 
 def test_the_split_is_the_one_asked_for_and_another_text_is_said(
@@ -157,58 +153,35 @@ def test_the_split_is_the_one_asked_for_and_another_text_is_said(
     assert "words.txt is not the text that" in capfd.readouterr().err
 
 
-def test_running_out_of_memory_says_what_to_lower(
-    trained: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def scoring(*arguments: object, **keywords: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
-
-    monkeypatch.setattr(evaluation, "score_streams", scoring)
-    said = refused(capfd, trained["megalodon"], "--stream", "--streams", 1000, "--segment", 99)
-    assert "out of memory with --streams 1000, --segment 99: use smaller numbers" in said
-
-
 def test_what_the_evaluation_refuses_is_one_line(
     trained: dict[str, Path],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "none.json").write_text("[]")
     (tmp_path / "two").write_bytes(b"abcdefghij")
     megalodon, llama = trained["megalodon"], trained["llama"]
     cases: dict[tuple[object, ...], str] = {
         (): "the following arguments are required: checkpoint",
         (tmp_path / "none.pt",): "none.pt: no such checkpoint",
         (llama, "--context", 0): "argument --context: '0' is not a whole number >= 1",
-        (llama, "--context", 2000): "--context 2000: the val split of words.txt has 2000 bytes and "
+        (llama, "--context", 2000): "--context 2000: the val split has 2000 bytes and "
         "needs 2001: use a smaller number, the other split or more data",
         (llama, "--context", 9, "--stride", 10): "--stride 10: must be at most --context 9",
         (llama, "--stream"): "holds a llama, whose memory of the text grows with every byte, where "
         "a stream needs a state of fixed size; use --context N, and --stride S",
         (megalodon, "--stream", "--context", 9): "--stream has no --context and no --stride",
         (megalodon, "--segment", 9): "--streams and --segment are for --stream: add it",
-        (megalodon, "--stream", "--streams", 2000): "--streams 2000: the val split of words.txt "
+        (megalodon, "--stream", "--streams", 2000): "--streams 2000: the val split "
         "has 2000 bytes and needs 2001",
         (megalodon, "--stream", "--streams", 0): "'0' is not a whole number >= 1",
-        (megalodon, "--data-path", tmp_path / "two"): "val split of two has 1 bytes and needs 25",
+        (megalodon, "--data-path", tmp_path / "two"): "val split has 1 bytes and needs 25",
         (megalodon, "--data-path", tmp_path / "no"): "no: no such file",
         (megalodon, "--data-bytes", 9): "--data-bytes is for --data-path",
-        (megalodon, "--picture", "x.bmp"): "x.bmp: a picture's name must end in .png, .svg, .pdf",
-        (megalodon, "--beside", "x"): "--beside is for --picture",
-        (megalodon, "--picture", "x.png", "--beside", tmp_path / "no"): "cannot be read: No such",
-        (
-            megalodon, "--picture", "x.png", "--beside", tmp_path / "none.json",
-        ): "none.json: holds no figures of this program",
-    }  # fmt: skip
+    }
     for arguments, line in cases.items():
         assert line in refused(capfd, *arguments), arguments
     assert run(megalodon, "--out", tmp_path / "no" / "x.json") == 2
-    assert "there is no folder" in capfd.readouterr().err
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert 'drawing needs matplotlib: pip install -e ".[report]"' in refused(
-        capfd, megalodon, "--picture", "x.png"
-    )
+    assert "No such file or directory" in capfd.readouterr().err
 
 
 @pytest.mark.slow  # reads 11 MB

@@ -31,10 +31,10 @@ import inference
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig, load_config
 from megalodon_enwik8.data import load_corpus
-from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import restore_model
 from megalodon_enwik8.run_folder import NEWEST
+from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 
 LONG = {"configs": 10_000, "checkpoints": 1_000, "corpora": 1_000, "prompts": 1_000}
@@ -167,14 +167,14 @@ def as_override(line: str) -> str:
 
 
 LLAMA = {"dim": 8, "depth": 1, "heads": 1, "dim_head": 8}
-CARRIED = {
-    "model": "megalodon", "carry_state": True, "model_dim": 8, "num_layers": 1, "num_heads": 1,
+MEGALODON = {
+    "model": "megalodon", "model_dim": 8, "num_layers": 1, "num_heads": 1,
     "z_dim": 8, "value_dim": 8, "ffn_hidden_dim": 8, "cema_ndim": 2, "chunk_size": 16,
     "norm_num_groups": 2,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[LLAMA, CARRIED], ids=["llama", "carried_state"])
+@pytest.fixture(scope="module", params=[LLAMA, MEGALODON], ids=["llama", "megalodon"])
 def finished(
     request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ExperimentConfig, dict[str, bytes]]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_enwik8 import generation
-from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.generation import ByteStreamer, PrintableDecoder, generate_bytes
 from megalodon_enwik8.models import build_model
+from megalodon_enwik8.safety import UserError
 
 
 @given(st.lists(st.binary(max_size=5), max_size=8))

@@ -12,11 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_enwik8 import models
 from megalodon_enwik8.config import ExperimentConfig, load_config
-from megalodon_enwik8.errors import UserError
 from megalodon_enwik8.evaluation import evaluate
 from megalodon_enwik8.generation import generate_bytes
-from megalodon_enwik8.llama import ffn_width
-from megalodon_enwik8.models import build_model, compile_layers, count_parameters, summed_loss
+from megalodon_enwik8.models import (
+    build_model,
+    byte_losses,
+    compile_layers,
+    count_parameters,
+    ffn_width,
+)
+from megalodon_enwik8.safety import UserError
 
 # As published, less the rotary frequencies (depth x dim_head / 2) that were counted with them.
 PARAMETERS = {
@@ -74,7 +79,7 @@ def test_loss_is_that_of_the_next_byte(make_tiny: Any, model_name: str) -> None:
     with torch.no_grad():
         log_p = model(rows[:, :-1]).logits.log_softmax(-1)
         expected = -sum(log_p[b, t, rows[b, t + 1]] for b in range(3) for t in range(20))
-        torch.testing.assert_close(summed_loss(model, rows), expected)
+        torch.testing.assert_close(byte_losses(model, rows).sum(), expected)
 
 
 def test_tied_and_untied_output_matrices(make_tiny: Any) -> None:
@@ -94,6 +99,21 @@ def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny: Any
         matrix = model.model.layers[0].mlp.gate_proj.weight
         assert matrix.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
         assert (model.get_output_embeddings().weight is embedding) == tied
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model_dim": 18}, "model_dim=18: must be a multiple of norm_num_groups=4"),
+        ({"z_dim": 9, "num_heads": 1}, "z_dim=9: z_dim / num_heads must be even"),
+        ({"value_dim": 5}, "value_dim=5: must be a multiple of num_heads=2"),
+    ],
+)
+def test_sizes_that_no_megalodon_has_are_one_line(
+    make_tiny: Any, changes: dict[str, int], line: str
+) -> None:
+    with pytest.raises(UserError, match=f"^model=megalodon: {line}"):
+        build_model(make_tiny("megalodon", **changes))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -143,7 +163,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
         ).train()
         torch.manual_seed(1)
         with CountMatrixProducts() as counter:
-            summed_loss(model, rows).backward()
+            byte_losses(model, rows).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         products.append(counter.count)
     assert products[1] > products[0]
@@ -156,14 +176,14 @@ def test_compile_auto_says_what_it_chose_and_why(
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_tiny("llama", compile="auto")
-    assert "too few" in compile_layers(build_model(config), config, steps=10)
+    assert "too few" in compile_layers(build_model(config), config)
     monkeypatch.setattr(models, "COMPILE_PAYS_FLOPS", 0)
     model = build_model(config)
     names = list(model.state_dict())
-    assert compile_layers(model, config, steps=10).startswith("on (auto: ")
+    assert compile_layers(model, config).startswith("on (auto: ")
     assert list(model.state_dict()) == names
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "install a C++ compiler" in compile_layers(model, config, steps=10)
+    assert "install a C++ compiler" in compile_layers(model, config)
 
 
 def test_compile_true_without_a_compiler_is_refused(
@@ -172,7 +192,7 @@ def test_compile_true_without_a_compiler_is_refused(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     config = make_tiny("llama", compile=True)
     with pytest.raises(UserError, match=r"compile=true: install a C\+\+ compiler"):
-        compile_layers(build_model(config), config, steps=10)
+        compile_layers(build_model(config), config)
 
 
 @pytest.mark.slow
@@ -187,9 +207,9 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
     def gradients(config: ExperimentConfig) -> list[torch.Tensor]:
         nonlocal model
         model = build_model(config).train()
-        compile_layers(model, config, steps=10)
+        compile_layers(model, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = summed_loss(model, rows)
+            loss = byte_losses(model, rows).sum()
         loss.backward()
         return [parameter.grad for parameter in model.parameters()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalodon_enwik8 import scoring
-from megalodon_enwik8.errors import UserError
+from megalodon_enwik8 import evaluation as scoring
+from megalodon_enwik8.evaluation import RANGE_ENDS, Score, score_streams, score_windows
 from megalodon_enwik8.models import build_model
-from megalodon_enwik8.scoring import RANGE_ENDS, Score, score_streams, score_windows
+from megalodon_enwik8.safety import UserError
 
 
 def make_text(length: int) -> np.ndarray:
@@ -140,7 +141,7 @@ def test_ranges_part_the_distances() -> None:
     score.add(torch.ones(2, 5000), 1)
     score.add(torch.zeros(3, 1), 2**40)
     rows = score.by_distance()
-    assert [row[:3] for row in rows] == [
+    assert [(row["from"], row["to"], row["predicted"]) for row in rows] == [
         (1, 32, 64),
         (33, 128, 192),
         (129, 512, 768),
@@ -149,5 +150,7 @@ def test_ranges_part_the_distances() -> None:
         (4097, 16384, 1808),
         (2**38 + 1, 2**40, 3),
     ]
-    assert [row[3] for row in rows] == [1.0] * 6 + [0.0]
-    assert rows[-1][4] == score.loss == 10_000 / 10_003
+    one = 1 / math.log(2)
+    assert [row["bpc"] for row in rows] == pytest.approx([one] * 6 + [0.0])
+    assert score.loss == 10_000 / 10_003
+    assert rows[-1]["bpc_so_far"] == pytest.approx(score.loss * one)

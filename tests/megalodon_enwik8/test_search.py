@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megalodon_enwik8 import search, training
-from megalodon_enwik8.errors import UserError
+from megalodon_enwik8.safety import UserError
 
 MakePlan = Any
 

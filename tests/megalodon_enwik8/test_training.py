@@ -13,11 +13,10 @@ import torch
 
 from megalodon_enwik8 import training
 from megalodon_enwik8.checkpoint import load_checkpoint
-from megalodon_enwik8.errors import UserError
-from megalodon_enwik8.models import build_model, summed_loss
+from megalodon_enwik8.models import build_model, byte_losses
 from megalodon_enwik8.run_folder import NEWEST, read_metrics
-from megalodon_enwik8.training import make_optimizer, train, train_step
-from megalodon_enwik8.utils import derive_seed
+from megalodon_enwik8.safety import UserError
+from megalodon_enwik8.training import derive_seed, make_optimizer, train, train_step
 
 
 def steps(config: Any, batches: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -45,7 +44,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(make_tiny: Any) -
     config = make_tiny("llama", batch_size=1, grad_accum_every=4)
     batch = torch.randint(256, (4, 25))
     model = build_model(config).train()
-    (summed_loss(model, batch) / (4 * 24)).backward()
+    (byte_losses(model, batch).sum() / (4 * 24)).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     model.zero_grad()
     loss, norm = train_step(model, make_optimizer(model, config), batch, config)
@@ -169,11 +168,11 @@ def nan_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the batch's loss of step 3 by nan, with its gradients."""
     counter = iter(range(1000))
 
-    def poisoned(model: Any, rows: torch.Tensor, state: None) -> torch.Tensor:
-        loss = summed_loss(model, rows, state)
+    def poisoned(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        loss = byte_losses(model, batch)
         return loss * math.nan if next(counter) // 2 == 3 else loss
 
-    monkeypatch.setattr(training, "summed_loss", poisoned)
+    monkeypatch.setattr(training, "byte_losses", poisoned)
 
 
 def assert_finite(path: Path) -> None:

@@ -1,0 +1,172 @@
+"""Pictures of runs and of benchmarks. matplotlib, an extra, is imported where one is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megalodon_enwik8.report.runs import Group, bpc, group_names, timing_differences
+from megalodon_enwik8.report.tables import MODELS, common_steps
+from megalodon_enwik8.safety import UserError, atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+"""Told apart by every kind of eye (Okabe and Ito)."""
+
+
+def check_can_draw(path: str | Path, formats: Sequence[str] = FORMATS) -> None:
+    """Raise UserError unless a picture can be written to a file of this name: before the hours of
+    work of which it is to be a picture."""
+    if Path(path).suffix not in formats:
+        raise UserError(f"{path}: a picture's name must end in {', '.join(formats)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f'{path}: drawing needs matplotlib: pip install -e ".[report]"')
+
+
+def save_picture(figure: Figure, path: str | Path) -> None:
+    """Write a figure, whole or not at all, with nothing in it that changes from day to day.
+
+    An SVG's description is a digest of its lines and titles: it tells whether two pictures show
+    the same, whichever version of matplotlib drew them.
+    """
+    import matplotlib
+
+    kind = Path(path).suffix.removeprefix(".")
+    metadata = {
+        "svg": {"Date": None, "Description": digest(figure)},
+        "pdf": {"CreationDate": None},
+    }
+    with matplotlib.rc_context({"svg.hashsalt": ""}), atomic_write(path) as file:
+        figure.savefig(file, format=kind, metadata=metadata.get(kind), bbox_inches="tight", dpi=150)
+
+
+def digest(figure: Figure) -> str:
+    shown: list[object] = [figure.get_label()]
+    for axes in figure.axes:
+        shown += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
+        for line in axes.get_lines():
+            points = np.column_stack(line.get_data()).tolist()
+            shown += [line.get_label(), [[f"{value:.6g}" for value in point] for point in points]]
+    return hashlib.sha256(repr(shown).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str | None:
+    """That of an SVG on the disk; None if there is none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.search("<dc:description>([0-9a-f]{64})<", text)
+    return found[1] if found else None
+
+
+def draw_curves(groups: Sequence[Group]) -> Figure:
+    """BPC against steps and, where those compare, seconds: a thin line for each run, a thick one
+    for the mean. The height is that of the last three quarters of the runs."""
+    names = group_names(groups)
+    panels = {"step": "steps", "seconds": "seconds of training"}
+    if timing_differences(groups):
+        del panels["seconds"]
+    figure, all_axes = new_figure(1, len(panels), 3.8)
+    figure.set_label(f"BPC of {' and '.join(names)} against {' and '.join(panels.values())}")
+    late: list[float] = []  # the first steps would take the height that the end needs
+    for name, group, color in zip(names, groups, itertools.cycle(COLORS), strict=False):
+        steps = common_steps([group])
+        curves = [[point for point in run.points if point.step in steps] for run in group]
+        late += [bpc(p.loss) for curve in curves for p in curve if p.step >= steps[-1] / 4]
+        for axes, key in zip(all_axes, panels, strict=True):
+            x = np.array([[getattr(point, key) for point in curve] for curve in curves])
+            y = np.array([[bpc(point.loss) for point in curve] for curve in curves])
+            if len(curves) > 1:
+                axes.plot(x.T, y.T, color=color, linewidth=0.7, alpha=0.5)
+            axes.plot(x.mean(0), y.mean(0), color=color, marker="o", markersize=3, label=name)
+    margin = 0.05 * (max(late) - min(late)) or 0.1
+    for axes, label in zip(all_axes, panels.values(), strict=True):
+        axes.set(xlabel=label, ylim=(min(late) - margin, max(late) + margin))
+        axes.set_xlim(left=0)
+    all_axes[0].set_ylabel("BPC on the validation windows")
+    return with_legend(figure)
+
+
+def draw_contexts(measured: Mapping[str, Any]) -> Figure:
+    """Throughput (above) and memory (below) against the length of the context."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    panels = [
+        ("train", "tokens_per_second", "training, bytes/s"),
+        ("decode", "prefill_tokens_per_second", "reading a prompt, bytes/s"),
+        ("decode", "decode_tokens_per_second", "writing, bytes/s"),
+        ("train", "peak_memory_bytes", "training, peak memory in bytes"),
+        ("decode", "peak_memory_bytes", "reading and writing, peak memory"),
+        ("decode", "state_bytes", "state kept, bytes"),
+    ]
+    figure, all_axes = new_figure(2, 3, 5.4)
+    figure.set_label("Throughput and memory against the length of the context")
+    for axes, (kind, key, title) in zip(all_axes, panels, strict=True):
+        for model, color in zip(MODELS, COLORS, strict=False):
+            points = sorted(
+                (row["context"], row[key])
+                for row in measured["rows"]
+                if (row["kind"], row["model"]) == (kind, model) and row.get(key) is not None
+            )
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=color, marker="o", markersize=4, label=model.title())
+        axes.set(xscale="log", yscale="log", xlabel="context, bytes")
+        axes.set_title(title, fontsize="medium")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(EngFormatter(sep=""))
+            axis.set_minor_formatter("")
+    return with_legend(figure)
+
+
+def draw_context(measured: dict[str, Any], path: str | Path) -> None:
+    """Draw what `benchmark context` measured to a file."""
+    save_picture(draw_contexts(measured), path)
+
+
+def draw_distances(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """BPC by how many bytes the model saw before the byte that it predicts: a line for each JSON
+    file of `python -m megalodon_enwik8.evaluation`."""
+    figure, (axes,) = new_figure(1, 1, 4)
+    figure.set_label("BPC by how many bytes were seen before")
+    for result, color in zip(results, itertools.cycle(COLORS), strict=False):
+        x, y = zip(*((row["to"], row["bpc"]) for row in result["by_distance"]), strict=True)
+        facts = {"seed": result["trained_at"]["seed"], **result["reading"]}
+        reading = ", ".join(f"{key} {value}" for key, value in facts.items())
+        label = f"{result['model'].title()}, {reading}: {result['bpc']:.3f} BPC"
+        axes.plot(x, y, color=color, marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bytes seen before, up to", ylabel="BPC")
+    return with_legend(figure)
+
+
+def new_figure(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """As wide as a page shows it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9 if columns > 1 else 6, height), layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharey=rows == 1).ravel().tolist()
+    for axes in all_axes:
+        axes.grid(alpha=0.3)
+    return figure, all_axes
+
+
+def with_legend(figure: Figure) -> Figure:
+    """One for all panels, above them."""
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    if lines:
+        longest = max(map(len, labels))
+        columns = max(1, int(figure.get_figwidth() * 11) // (longest + 8))
+        figure.legend(lines, labels, loc="outside upper center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.2 * (len(labels) // columns))
+    return figure

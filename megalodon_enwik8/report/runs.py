@@ -1,0 +1,245 @@
+"""Run folders, read and checked, and the groups that they make: runs that differ in their seed."""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from megalodon_enwik8.config import ExperimentConfig, model_of_key
+from megalodon_enwik8.safety import UserError
+
+# Keys that leave the course of a run alone. Which text it was is told by its checksum, and how the
+# sequences of a step were split by their product.
+FREE_KEYS = frozenset(
+    {
+        "run_dir", "seed", "data_path", "data_bytes", "batch_size", "grad_accum_every", "compile",
+        "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation", "save_every",
+        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
+        "temperature", "min_p",
+    }
+)  # fmt: skip
+
+
+def bpc(loss: float) -> float:
+    """Bits per byte, of nats."""
+    return loss / math.log(2)
+
+
+class Point(NamedTuple):
+    """A validation: after so many steps, and so many seconds of training."""
+
+    step: int
+    seconds: float
+    loss: float  # nats per byte
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path  # as it was named
+    config: dict[str, Any]  # with the schema's defaults for the keys that it lacks
+    environment: dict[str, Any]
+    model: str  # as tables call it
+    seed: int
+    steps: int
+    bytes_a_step: int
+    text: str  # name and checksum
+    parameters: int
+    points: tuple[Point, ...]  # the last at the end
+    step_seconds: float  # the median
+    peak_megabytes: float  # nan: unknown
+    full_val_bpc: float  # of the whole validation split; nan: unknown
+    sample: str
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that sets the course of the run, but for the seed."""
+        chosen = {key: value for key, value in self.config.items() if key not in FREE_KEYS}
+        return {**chosen, "bytes_a_step": self.bytes_a_step, "text": self.text}
+
+
+Group = tuple[Run, ...]
+"""Runs of one recipe, in the order of their seeds."""
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError, a line, for a folder that is missing, damaged, or of an unfinished run."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder")
+    config = _load(folder / "config.yaml", yaml.safe_load)
+    environment = _load(folder / "environment.json", json.loads)
+    # Whole lines end in a newline; another may be on its way.
+    rows = _load(
+        folder / "metrics.jsonl", lambda text: [json.loads(row) for row in text.split("\n")[:-1]]
+    )
+    try:
+        return _assemble(folder, config, environment, rows)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{folder}: damaged: {type(error).__name__}: {error}") from None
+
+
+def _load(path: Path, load: Callable[[str], Any]) -> Any:
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent}: has no {path.name}: it is no run folder, or not all of one"
+        )
+    try:
+        return load(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        raise UserError(f"{path}: damaged: cannot be read") from None
+
+
+def _assemble(
+    folder: Path, config: dict[str, Any], environment: dict[str, Any], rows: list[dict[str, Any]]
+) -> Run:
+    fields = ExperimentConfig.model_fields
+    own = [name for name in fields if model_of_key(name) in (None, config["model"])]
+    # A key that the schema no longer has means nothing where it is off.
+    used = {key: value for key, value in config.items() if key in fields or value}
+    config = {**{name: fields[name].default for name in own}, **used}
+    steps = config["num_batches"]
+    end: dict[str, Any] = rows[-1] if rows else {"step": -1}
+    if end["step"] != steps or "train_loss" in end:
+        raise UserError(
+            f"{folder}: not finished: {end['step'] + 1} of {steps} steps; go on with --resume"
+        )
+    corpus = environment["corpus"]
+    bytes_a_step = config["batch_size"] * config["grad_accum_every"] * config["seq_len"]
+    points = [
+        # A validation comes before the step of its row, and a row counts its own step.
+        Point(
+            row["step"],
+            max(0.0, row["seconds"] - bytes_a_step / row.get("tokens_per_second", math.inf)),
+            row["val_loss"],
+        )
+        for row in rows
+        if row.get("val_loss") is not None
+    ]
+    numbers = np.array(points, dtype=float)
+    if not (np.isfinite(numbers).all() and (np.diff(numbers[:, :2], axis=0) >= 0).all()):
+        raise ValueError("validations that are no numbers or not in their order")
+    if points[-1].step != steps:
+        raise ValueError("no validation at the end")
+    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    run = Run(
+        path=folder,
+        config=config,
+        environment=environment,
+        model=config["model"].title(),
+        seed=int(config["seed"]),
+        steps=steps,
+        bytes_a_step=bytes_a_step,
+        text=f"{corpus['name']} ({corpus['sha256'][:16]})",
+        parameters=int(environment["parameters"]),
+        points=tuple(points),
+        step_seconds=bytes_a_step / median(speeds),
+        peak_megabytes=max(row.get("peak_memory_bytes") or 0 for row in rows) / 1e6 or math.nan,
+        full_val_bpc=bpc(end.get("full_val_loss") or math.nan),
+        sample=str(end.get("sample") or ""),
+    )
+    _conditions(run)[0]  # an environment that lacks a part is found here
+    return run
+
+
+def find_groups(patterns: Iterable[str], root: Path = Path()) -> list[Group]:
+    """The runs that globs (from `root`) match, as groups in the order of their first runs.
+
+    Raises UserError for a glob that matches nothing, and two runs of one recipe and seed.
+    """
+    groups: list[dict[int, Run]] = []
+    for folder in dict.fromkeys(path for pattern in patterns for path in match(pattern, root)):
+        run = replace(read_run(root / folder), path=Path(folder))
+        for group in groups:
+            if next(iter(group.values())).recipe == run.recipe:
+                break
+        else:
+            groups.append(group := {})
+        if run.seed in group:
+            twin = group[run.seed].path
+            raise UserError(f"{twin} and {run.path}: the same recipe and seed {run.seed} twice")
+        group[run.seed] = run
+    return [tuple(group[seed] for seed in sorted(group)) for group in groups]
+
+
+def match(pattern: str, root: Path) -> list[str]:
+    """What a glob matches, in order; a name may hold a glob's signs itself."""
+    exact = (root / pattern).exists()
+    found = [pattern] if exact else sorted(glob.glob(pattern, root_dir=root))
+    if not found:
+        raise UserError(f"{pattern}: matches nothing")
+    return found
+
+
+def one_group(patterns: Iterable[str], root: Path = Path()) -> Group:
+    """Likewise, where all runs must be of one recipe."""
+    first, *others = find_groups(patterns, root)
+    if others:
+        (a, *_), (b, *_) = first, others[0]
+        key = next(key for key in a.recipe | b.recipe if a.recipe.get(key) != b.recipe.get(key))
+        raise UserError(
+            f"{a.path} and {b.path} are of two recipes, where one was asked for: "
+            f"{key} is {a.recipe.get(key)} and {b.recipe.get(key)}"
+        )
+    return first
+
+
+def check_comparable(groups: Sequence[Group]) -> None:
+    """Raise UserError unless losses of these groups may stand in one table."""
+    first = groups[0][0]
+    for other, *_ in groups:
+        for key in ("text", "bytes_a_step", "val_batches", "val_windows"):
+            a, b = first.recipe[key], other.recipe[key]
+            if a != b:
+                raise UserError(
+                    f"{first.path} and {other.path} cannot stand in one table: {key} is {a} and {b}"
+                )
+
+
+def timing_differences(groups: Iterable[Group]) -> str:
+    """In what the runs differ that seconds and memory depend on; empty if those compare."""
+    found = [each for group in groups for run in group for each in _conditions(run)]
+    return ", ".join(key for key in found[0] if len({each[key] for each in found}) > 1)
+
+
+def _conditions(run: Run) -> list[dict[str, str]]:
+    """Of each start of a run, or resumption."""
+    return [
+        {
+            "device": f"{session['device']}, {session.get('processor')}",
+            "threads": str(session["threads"]),
+            "version of PyTorch": str(session["torch"]),
+            "compilation": session.get("compile", "").partition(" ")[0],
+            "micro-batch": str(run.config["batch_size"]),
+            "gradient checkpointing": str(run.config["gradient_checkpointing"]),
+        }
+        for session in run.environment["sessions"]
+    ]
+
+
+def differing_keys(groups: Sequence[Group]) -> list[str]:
+    """The keys in which groups of the same model differ."""
+    recipes = [group[0].recipe for group in groups]
+    pairs = [(a, b) for a in recipes for b in recipes if a["model"] == b["model"]]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if any(a.get(key) != b.get(key) for a, b in pairs)]
+
+
+def group_names(groups: Sequence[Group]) -> list[str]:
+    """What to call each: its model, and in what it differs from the first of that model."""
+    first: dict[str, Group] = {}
+    names = []
+    for group in groups:
+        run = group[0]
+        keys = differing_keys([group, first.setdefault(run.model, group)])
+        names.append(", ".join([run.model, *(f"{key} {run.recipe.get(key)}" for key in keys)]))
+    return names

@@ -1,0 +1,344 @@
+"""Markdown tables of groups of runs, of a search and of benchmarks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from megalodon_enwik8.report.runs import (
+    Group,
+    Run,
+    bpc,
+    check_comparable,
+    differing_keys,
+    group_names,
+    timing_differences,
+)
+from megalodon_enwik8.report.statistics import estimate, first_reach, loss_after, paired
+from megalodon_enwik8.safety import UserError
+
+NONE = "–"
+MODELS = ("megalodon", "llama")  # in the order of a benchmark's columns
+
+Figure = Callable[[Run], float]
+"""A number of a run; nan where it has none."""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, which zero has not."""
+    text = f"{abs(value):,.{digits}f}"
+    if not text.strip("0.,"):
+        return text
+    return ("−" if value < 0 else "+") + text
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation, which a number that is always the same has not."""
+    found = estimate(values)
+    if math.isnan(found.mean):
+        return NONE
+    text = f"{found.mean:,.{digits}f}"
+    return f"{text} ± {found.deviation:,.{digits}f}" if found.deviation > 0 else text
+
+
+# Tables of runs
+
+
+def figures(groups: Sequence[Group]) -> dict[str, tuple[Figure, int]]:
+    """What a table of these groups shows: by title, the figure and its digits.
+
+    Raises UserError for groups that cannot stand in one table.
+    """
+    check_comparable(groups)
+    step = common_steps(groups)[-1]
+    found: dict[str, tuple[Figure, int]] = {
+        "parameters": (attrgetter("parameters"), 0),
+        f"loss after {step:,} steps": (loss_at(step), 4),
+        f"BPC after {step:,} steps": (bpc_at(step), 4),
+    }
+    if len({group[0].steps for group in groups}) == 1:
+        found["BPC of the whole split"] = (attrgetter("full_val_bpc"), 4)
+    if not timing_differences(groups):
+        found["a step, s"] = (attrgetter("step_seconds"), 3)
+        found["peak memory, MB"] = (attrgetter("peak_megabytes"), 0)
+    return found
+
+
+def loss_at(step: int) -> Figure:
+    return lambda run: {point.step: point.loss for point in run.points}[step]
+
+
+def bpc_at(step: int) -> Figure:
+    return lambda run: bpc(loss_at(step)(run))
+
+
+def bpc_after(seconds: float) -> Figure:
+    return lambda run: bpc(loss_after(run.points, seconds))
+
+
+def shortest(groups: Iterable[Group]) -> float:
+    """The seconds after which the first of the runs had ended."""
+    return min(run.points[-1].seconds for group in groups for run in group)
+
+
+def common_steps(groups: Iterable[Group]) -> list[int]:
+    """The steps after which all runs were validated."""
+    runs = [run for group in groups for run in group]
+    steps = set.intersection(*({point.step for point in run.points} for run in runs))
+    if not steps:
+        raise UserError(f"{runs[0].path} and others: no step after which all were validated")
+    return sorted(steps)
+
+
+def with_same_seeds(ours: Group, theirs: Group) -> tuple[Group, Group]:
+    """The runs whose seed the other group has too: differences are taken seed by seed."""
+    both = {run.seed for run in ours} & {run.seed for run in theirs}
+    a, b = (tuple(run for run in group if run.seed in both) for group in (ours, theirs))
+    return a, b
+
+
+def pair_up(ours: Group, theirs: Group) -> tuple[Group, Group]:
+    """Likewise. Raises UserError where there are none."""
+    pair = with_same_seeds(ours, theirs)
+    if not pair[0]:
+        raise UserError(f"{ours[0].path} and {theirs[0].path}: no seed is in both groups")
+    return pair
+
+
+def cell(group: Group, figure: Figure, digits: int) -> str:
+    return spread([figure(run) for run in group], digits)
+
+
+def gap_cells(ours: Group, theirs: Group, figure: Figure, digits: int) -> list[str]:
+    """The difference, its interval, and the difference in percent of theirs."""
+    a, b = ([figure(run) for run in group] for group in (ours, theirs))
+    gap = paired(a, b)
+    if math.isnan(gap.mean):
+        return [NONE] * 3
+    low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
+    sure = f"{signed(low, digits)} to {signed(high, digits)}" if low < high else NONE
+    return [signed(gap.mean, digits), sure, f"{signed(100 * gap.mean / estimate(b).mean, 2)} %"]
+
+
+def row(title: str, ours: Group, theirs: Group, figure: Figure, digits: int) -> list[str]:
+    cells = [cell(group, figure, digits) for group in (ours, theirs)]
+    return [title, *cells, *gap_cells(ours, theirs, figure, digits)]
+
+
+def seeds(group: Group) -> str:
+    return ", ".join(str(run.seed) for run in group)
+
+
+def note(groups: Sequence[Group]) -> list[str]:
+    """Why a table lacks seconds and memory."""
+    unlike = timing_differences(groups)
+    return [f"Seconds and memory do not compare: not the same {unlike}."] if unlike else []
+
+
+def compare(ours: Group, theirs: Group) -> str:
+    """Two groups at equal steps, at equal seconds and in what they take; then step by step."""
+    pair = pair_up(ours, theirs)
+    names = group_names(pair)
+    head = [*names, "difference", "95 % interval", "relative"]
+    rows = [row(title, *pair, *figure) for title, figure in figures(pair).items()]
+    if not note(pair):
+        seconds = shortest(pair)
+        title = f"BPC after {seconds:,.0f} s of training"
+        rows.append(row(title, *pair, bpc_after(seconds), 4))
+    for unit in ("steps",) if note(pair) else ("steps", "seconds"):
+        reached = [_reach(unit, *pair), _reach(unit, *reversed(pair))]
+        rows.append([f"{unit} to the other's final loss", *reached, NONE, NONE, NONE])
+    each = [
+        row(f"{step:,}", *pair, loss_at(step), 4) + [cell(group, bpc_at(step), 4) for group in pair]
+        for step in common_steps(pair)
+    ]
+    by_step = table(["loss after steps", *head, *(f"{name}, BPC" for name in names)], each)
+    return "\n\n".join([table([f"seeds {seeds(pair[0])}", *head], rows), *note(pair), by_step])
+
+
+def _reach(unit: str, ours: Group, theirs: Group) -> str:
+    """Steps or seconds that a run needs for the loss with which the other of its seed ends."""
+    ends = [run.points[-1].loss for run in theirs]
+    found = [first_reach(run.points, end) for run, end in zip(ours, ends, strict=True)]
+    reached = [place[unit == "seconds"] for place in found if place is not None]
+    missing = len(found) - len(reached)
+    return f"not reached by {missing} of {len(found)}" if missing else spread(reached, 0)
+
+
+def headline(ours: Group, theirs: Group, title: str, our_best: Group, their_best: Group) -> str:
+    """Five rows: two groups at the same settings, and in the third row two at settings of their
+    own, under a title that says what those are."""
+    check_comparable([ours, our_best])
+    pair, best = pair_up(ours, theirs), pair_up(our_best, their_best)
+    if note(pair):
+        raise UserError(*note(pair))
+    step, seconds, shown = common_steps(pair)[-1], shortest(pair), figures(pair)
+    times, memory = (row(key, *pair, *shown[key]) for key in ("a step, s", "peak memory, MB"))
+    lines = [
+        row("parameters", *pair, *shown["parameters"]),
+        row(f"BPC after {step:,} steps, same settings", *pair, bpc_at(step), 4),
+        row(title, *best, bpc_at(common_steps(best)[-1]), 4),
+        row(f"BPC after {seconds:,.0f} s, same settings", *pair, bpc_after(seconds), 4),
+        [f"{a}; {b}" for a, b in zip(times, memory, strict=True)],
+    ]
+    head = [f"seeds {seeds(pair[0])}", *group_names(pair), "difference", "95 % interval"]
+    return table(head, [cells[:-1] for cells in lines])
+
+
+def runs(groups: Sequence[Group]) -> str:
+    """A line for each group: the keys in which they differ, the figures, and the difference from
+    the first at the last step after which all were validated. Empty columns are left out."""
+    keys, last = differing_keys(groups), loss_at(common_steps(groups)[-1])
+    gaps = [[NONE] * 3]
+    for pair in (with_same_seeds(group, groups[0]) for group in groups[1:]):
+        gaps.append(gap_cells(*pair, last, 4) if pair[0] else gaps[0])
+    columns: dict[str, list[str]] = {
+        "model": [group[0].model for group in groups],
+        **{key: [str(group[0].recipe.get(key, NONE)) for group in groups] for key in keys},
+        "seeds": [seeds(group) for group in groups],
+        **{
+            title: [cell(group, *figure) for group in groups]
+            for title, figure in figures(groups).items()
+        },
+        "loss − the first's": [gap[0] for gap in gaps],
+        "95 % interval": [gap[1] for gap in gaps],
+        "relative": [gap[2] for gap in gaps],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {NONE}}
+    return "\n\n".join([table(list(columns), zip(*columns.values(), strict=True)), *note(groups)])
+
+
+def commands(groups: Iterable[Group]) -> str:
+    """A line for each run: how to make it again, how long that takes, and what made it."""
+    rows = []
+    for run in (run for group in groups for run in group):
+        folder = Path("runs", "again", *run.path.parts[-2:])
+        again = f"--config {run.path / 'config.yaml'} run_dir={folder}"
+        seconds = f"{run.steps * run.step_seconds:,.0f}"
+        commits = ", ".join(str(s.get("commit"))[:12] for s in run.environment["sessions"])
+        rows.append([f"`python train.py {again}`", f"{run.steps:,}", seconds, commits])
+    return table(["command", "steps", "seconds, by the median step", "made by commit"], rows)
+
+
+def sample(group: Group) -> str:
+    """The first 300 characters of what the first run of a group wrote at its end."""
+    text = " ".join(group[0].sample.split())[:300].replace("~~~~", "~~~ ")
+    return f"~~~~text\n{''.join(c if c.isprintable() else '?' for c in text)}\n~~~~"
+
+
+# Tables of files that other programs write
+
+Columns = Mapping[str, tuple[str, int, float]]
+"""By title: the key, the digits, and the unit in which the key is shown."""
+
+
+def show(measured: Mapping[str, Any], column: tuple[str, int, float]) -> str:
+    """A dash where nothing was measured."""
+    key, digits, unit = column
+    return NONE if measured.get(key) is None else f"{measured[key] / unit:,.{digits}f}"
+
+
+def given_up(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    names = ("model", "mode", "micro_batch", "kind", "context")
+    lines = [
+        f"- given up: {', '.join(str(row[name]) for name in names if name in row)}: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
+    return ["\n".join(lines)] if lines else []
+
+
+def search(found: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of a search: the settings that vary, with each model's best in bold."""
+    settings = [row["settings"] for row in found]
+    keys = [
+        key
+        for key in dict.fromkeys(key for each in settings for key in each)
+        if len({repr(each[key]) for each in settings if key in each}) > 1
+    ]
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        mine = [row for row in found if row["model"] == model]
+        best = min(row["val_loss"] for row in mine)
+        for row in mine:
+            loss, bold = row["val_loss"], "**" if row["val_loss"] == best else ""
+            values = [str(row["settings"].get(key, NONE)) for key in keys]
+            lines.append([model.title(), *values, f"{bold}{loss:.4f}{bold}", f"{bpc(loss):.4f}"])
+    return table(["model", *keys, "loss", "BPC"], lines)
+
+
+def steps_table(measured: dict[str, Any]) -> str:
+    """What `benchmark train` measured, train.json: each model's step, then the ratios."""
+    columns: Columns = {
+        "step, s": ("step_seconds", 3, 1),
+        "bytes/s": ("tokens_per_second", 0, 1),
+        "step / its matrix products": ("step_over_matrix_products", 2, 1),
+        "peak MB": ("peak_memory_bytes", 0, 1e6),
+        "first step, s": ("first_step_seconds", 1, 1),
+    }
+    rows = [
+        [row["model"].title(), row["mode"], str(row["micro_batch"])]
+        + [show(row, column) for column in columns.values()]
+        for row in measured["rows"]
+    ]
+    ratios = [
+        [row["mode"], str(row["micro_batch"])]
+        + [show(row, (key, 2, 1)) for key in ("time", "memory")]
+        for row in measured["ratios"]
+    ]
+    parts = [
+        f"{measured['sequences']} x {measured['seq_len']} bytes a step, {measured['dtype']}, "
+        f"{measured['device']}, {measured['threads']} threads, PyTorch {measured['torch']}.",
+        table(["model", "mode", "micro-batch", *columns], rows),
+        table(["Megalodon / Llama", "micro-batch", "time", "memory"], ratios),
+        *given_up(measured["rows"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def context_table(measured: dict[str, Any]) -> str:
+    """What `benchmark context` measured, context.json: training, then decoding, by length."""
+    peak = ("peak_memory_bytes", 0, 1e6)
+    training: Columns = {"bytes/s": ("tokens_per_second", 0, 1), "peak MB": peak}
+    decoding: Columns = {
+        "prompt bytes/s": ("prefill_tokens_per_second", 0, 1),
+        "new bytes/s": ("decode_tokens_per_second", 1, 1),
+        "state MB": ("state_bytes", 2, 1e6),
+        "peak MB": peak,
+    }
+    rows = measured["rows"]
+    parts = [f"{row['device']}, PyTorch {row['torch']}." for row in rows if "device" in row][:1]
+    for kind, columns in (("train", training), ("decode", decoding)):
+        found = {(row["context"], row["model"]): row for row in rows if row["kind"] == kind}
+        if not found:
+            continue
+        first = next(iter(found.values()))
+        names = [f"{model.title()} {column}" for column in columns for model in MODELS]
+        lines = [
+            [f"{context:,}"]
+            + [
+                show(found.get((context, model), {}), column)
+                for column in columns.values()
+                for model in MODELS
+            ]
+            for context in sorted({context for context, _ in found})
+        ]
+        what = f"Reading a prompt and writing on, {first['layers']} layers, one row, float32:"
+        if kind == "train":
+            extras = [name for name in ("compile", "gradient_checkpointing") if first[name]]
+            precision = "bfloat16 autocast" if first["use_autocast"] else "float32"
+            what = (
+                f"Training, {first['layers']} layers, {first['tokens']:,} bytes a step, or one row "
+                f"where that is longer, chunks of {first['chunk_size']}, "
+                f"{', '.join([precision, *extras]).replace('_', ' ')}:"
+            )
+        parts += [what, table(["context", *names], lines)]
+    return "\n\n".join([*parts, *given_up(rows)]) + "\n"

@@ -1,0 +1,97 @@
+"""Made-up run folders, as training writes them, and ways to read what the report says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megalodon_enwik8.report.__main__ import main
+from megalodon_enwik8.safety import run_main
+
+PARAMETERS = {"megalodon": 1000, "llama": 1100}
+
+Loss = Callable[[int], float]
+
+
+def line(start: float, end: float, steps: int = 400) -> Loss:
+    """A loss that falls in a straight line, on which reading between points is exact."""
+    return lambda step: start + (end - start) * step / steps
+
+
+def make_run(
+    folder: Path,
+    model: str = "megalodon",
+    seed: int = 7,
+    *,
+    loss: Loss | None = None,
+    step_seconds: float = 2.0,
+    sha256: str = "a" * 64,
+    cut_at: int | None = None,
+    session: dict[str, Any] | None = None,
+    end: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """A run of 400 steps, with a line for every hundredth. `cut_at`: it ended there, unfinished."""
+    used = {
+        "run_dir": str(folder), "model": model, "seed": seed, "num_batches": 400,
+        "batch_size": 4, "grad_accum_every": 4, "val_batches": 100, **config,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(used))
+    began = {"device": "cpu (2 of 2 cores)", "threads": 2, "torch": "2.13.0", "commit": "c" * 40}
+    environment = {
+        "corpus": {"name": "sample", "sha256": sha256},
+        "parameters": PARAMETERS[model],
+        "sessions": [{**began, **(session or {})}],
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
+    steps, loss = used["num_batches"], loss or line(3.0, 1.0, used["num_batches"])
+    rows = [
+        {
+            "step": step,
+            "train_loss": 1.0,
+            "val_loss": loss(step),
+            "seconds": (step + 1) * step_seconds,
+            "tokens_per_second": 16 * 512 / step_seconds,
+            "peak_memory_bytes": step * 10**6,
+        }
+        for step in range(0, steps if cut_at is None else cut_at, 100)
+    ]
+    if cut_at is None:
+        last = {"step": steps, "val_loss": loss(steps), "seconds": steps * step_seconds}
+        last |= {"full_val_loss": loss(steps) + 0.1, "sample": f"A prompt, and {model}:\n~~~~ \x1b"}
+        rows.append({**last, **(end or {})})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_group(folder: Path, model: str, ends: dict[int, float], **options: Any) -> str:
+    """Runs that fall from 3 to the loss of each seed. Returns a glob of them."""
+    for seed, end in ends.items():
+        make_run(folder / f"{model}_{seed}", model, seed, loss=line(3.0, end), **options)
+    return f"{folder.name}/{model}_*"
+
+
+def row(text: str, title: str) -> list[str]:
+    """The cells behind the first one, of the first row that begins with it."""
+    return next(
+        cells[2:-1]
+        for cells in ([cell.strip() for cell in each.split("|")] for each in text.splitlines())
+        if cells[1:2] == [title]
+    )
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that the program says on its way out with code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: main([str(argument) for argument in arguments]))
+    assert caught.value.code == 2
+    out, err = capfd.readouterr()
+    assert (out, err[:7], err.count("\n")) == ("", "error: ", 1)
+    return err

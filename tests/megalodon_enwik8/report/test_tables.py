@@ -1,0 +1,168 @@
+"""Figures in tables follow from the runs, as computed by hand on made-up folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalodon_enwik8.report.__main__ import main
+from megalodon_enwik8.report.runs import find_groups, one_group
+from megalodon_enwik8.report.tables import (
+    commands,
+    compare,
+    context_table,
+    headline,
+    runs,
+    sample,
+    search,
+    steps_table,
+)
+from megalodon_enwik8.safety import UserError
+
+from .run_folders import line, make_group, make_run, row
+
+MEGALODON = {7: 1.40, 8: 1.41, 9: 1.42}
+LLAMA = {7: 1.44, 8: 1.46, 9: 1.51}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_group(tmp_path / "runs", "megalodon", MEGALODON)
+    make_group(tmp_path / "runs", "llama", LLAMA, step_seconds=4.0)
+    return tmp_path / "runs"
+
+
+def test_two_groups_are_compared_by_means_spreads_and_paired_intervals(folder: Path) -> None:
+    text = compare(one_group(["megalodon*"], folder), one_group(["llama*"], folder))
+    assert row(text, "parameters") == ["1,000", "1,100", "−100", "–", "−9.09 %"]
+    # Differences -0.04, -0.05, -0.09: mean -0.06, s 0.0264575, t(2) s / sqrt(3) = 0.0657.
+    assert row(text, "loss after 400 steps") == [
+        "1.4100 ± 0.0100", "1.4700 ± 0.0361", "−0.0600", "−0.1257 to +0.0057", "−4.08 %",
+    ]  # fmt: skip
+    assert row(text, "BPC after 400 steps")[:3] == ["2.0342 ± 0.0144", "2.1208 ± 0.0520", "−0.0866"]
+    assert row(text, "BPC of the whole split")[0] == "2.1785 ± 0.0144"  # 1.51 nats
+    # The first is done after 800 s, when the others are half-way: 3 - (3 - 1.47) / 2 nats.
+    assert row(text, "BPC after 800 s of training")[:2] == ["2.0342 ± 0.0144", "3.2244 ± 0.0260"]
+    assert row(text, "steps to the other's final loss")[:2] == ["385 ± 7", "not reached by 3 of 3"]
+    assert row(text, "a step, s")[:4] == ["2.000", "4.000", "−2.000", "–"]
+    assert row(text, "peak memory, MB")[:3] == ["300", "300", "0"]
+    assert row(text, "200") == [  # step by step, in a table of its own
+        "2.2050 ± 0.0050", "2.2350 ± 0.0180", "−0.0300", "−0.0629 to +0.0029", "−1.34 %",
+        "3.1811 ± 0.0072", "3.2244 ± 0.0260",
+    ]  # fmt: skip
+
+
+def test_a_comparison_turned_round_has_the_other_signs(folder: Path) -> None:
+    ours, theirs = one_group(["megalodon*"], folder), one_group(["llama*"], folder)
+    there, back = compare(ours, theirs), compare(theirs, ours)
+    for title in ("loss after 400 steps", "BPC after 800 s of training", "a step, s"):
+        a, b = row(there, title), row(back, title)
+        assert (a[0], a[1]) == (b[1], b[0])
+        assert a[2].translate(str.maketrans("+−", "−+")) == b[2]
+
+
+def test_seeds_that_one_group_lacks_are_left_out(folder: Path) -> None:
+    ours = one_group(["megalodon_7", "megalodon_9"], folder)
+    text = compare(ours, one_group(["llama_8", "llama_9"], folder))
+    assert text.startswith("| seeds 9 | Megalodon | Llama |")
+    assert row(text, "loss after 400 steps") == ["1.4200", "1.5100", "−0.0900", "–", "−5.96 %"]
+    alone = one_group(["llama_8"], folder)
+    with pytest.raises(UserError, match="megalodon_7 and llama_8: no seed is in both groups"):
+        compare(ours, alone)
+    assert "the first's" not in runs([ours, alone])
+
+
+def test_seconds_and_memory_of_unlike_runs_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", "llama", session={"threads": 8})
+    groups = find_groups(["a", "b"], tmp_path)
+    for text in (compare(*groups), runs(groups)):
+        assert "Seconds and memory do not compare: not the same threads." in text
+        assert "a step, s" not in text
+        assert "MB" not in text
+
+
+def test_the_headline_has_five_rows_with_both_models(folder: Path, tmp_path: Path) -> None:
+    make_group(tmp_path / "best", "megalodon", {7: 1.0}, learning_rate=1e-3)
+    make_group(tmp_path / "best", "llama", {7: 1.2}, learning_rate=2e-3)
+    best = (one_group([f"best/{model}*"], tmp_path) for model in ("megalodon", "llama"))
+    pair = (one_group([f"{model}*"], folder) for model in ("megalodon", "llama"))
+    text = headline(*pair, "BPC, each at its best", *best)
+    assert len(text.splitlines()) == 2 + 5
+    assert row(text, "BPC after 400 steps, same settings")[0] == "2.0342 ± 0.0144"
+    assert row(text, "BPC, each at its best") == ["1.4427", "1.7312", "−0.2885", "–"]
+    assert row(text, "BPC after 800 s, same settings")[1] == "3.2244 ± 0.0260"
+    assert row(text, "a step, s; peak memory, MB")[:3] == ["2.000; 300", "4.000; 300", "−2.000; 0"]
+
+
+def test_a_table_of_anything_tells_what_differs(folder: Path) -> None:
+    make_run(folder / "short", num_batches=200, loss=line(3.0, 2.0, 200), chunk_size=64)
+    text = runs(find_groups(["megalodon*", "short", "llama*"], folder))
+    head = [cell.strip() for cell in text.splitlines()[0].split("|")[1:-1]]
+    cells = [[cell.strip() for cell in each.split("|")[1:-1]] for each in text.splitlines()[2:]]
+    column = {name: [each[i] for each in cells] for i, name in enumerate(head)}
+    assert column["model"] == ["Megalodon", "Megalodon", "Llama"]
+    assert column["chunk_size"] == ["256", "64", "–"]  # which a Llama has not
+    assert column["num_batches"] == ["400", "200", "400"]
+    assert column["seeds"] == ["7, 8, 9", "7", "7, 8, 9"]
+    assert column["loss after 200 steps"] == ["2.2050 ± 0.0050", "2.0000", "2.2350 ± 0.0180"]
+    assert column["loss − the first's"] == ["–", "−0.2000", "+0.0300"]  # 2.0 - 2.2 of seed 7
+    assert "BPC of the whole split" not in column  # after different numbers of steps
+
+
+def test_one_run_of_anything_makes_a_table_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, picture = make_run(tmp_path / "run"), tmp_path / "curve.svg"
+    assert main([str(run), "--picture", str(picture)]) == 0
+    assert "| Megalodon | 7 | 1,000 | 1.0000 |" in capsys.readouterr().out
+    assert "<svg" in picture.read_text()
+
+
+def test_a_run_is_made_again_by_its_line(folder: Path) -> None:
+    text = commands(find_groups(["runs/llama_7"], folder.parent))
+    again = "--config runs/llama_7/config.yaml run_dir=runs/again/runs/llama_7"
+    assert row(text, f"`python train.py {again}`") == ["400", "1,600", "c" * 12]
+
+
+def test_a_sample_stays_within_its_fence(folder: Path) -> None:
+    shown = sample(one_group(["llama_7"], folder)).split("\n")
+    assert shown == ["~~~~text", "A prompt, and llama: ~~~  ?", "~~~~"]
+
+
+def test_a_search_is_shown_by_what_it_varied_with_each_best_in_bold() -> None:
+    def found(model: str, loss: float, **settings: object) -> dict[str, object]:
+        return {"model": model, "settings": {"seed": 7, **settings}, "val_loss": loss}
+
+    text = search(
+        [
+            found("megalodon", 1.5, beta2=0.9, init_mode="he"),
+            found("llama", 1.7, beta2=0.9),
+            found("megalodon", 1.4, beta2=0.99, init_mode="he"),
+            found("llama", 1.6, beta2=0.99),
+        ]
+    )
+    assert text.splitlines()[2:] == [
+        "| Megalodon | 0.9 | 1.5000 | 2.1640 |",
+        "| Megalodon | 0.99 | **1.4000** | 2.0198 |",
+        "| Llama | 0.9 | 1.7000 | 2.4526 |",
+        "| Llama | 0.99 | **1.6000** | 2.3083 |",
+    ]
+
+
+def test_benchmarks_have_a_dash_where_nothing_was_measured() -> None:
+    results = Path(__file__).parents[3] / "results" / "benchmarks"
+    steps = json.loads((results / "train.json").read_text())
+    context = json.loads((results / "context.json").read_text())
+    assert "| Megalodon | eager | 1 | 1.876 | 4,368 | 2.93 | 783 | 2.2 |" in steps_table(steps)
+    table = context_table(context)
+    assert "| 131,072 | 17,316 | – | 12,138 | – |" in table
+    assert "- given up: llama, train, 131072: took more than 200 s" in table
+    for measured in steps["rows"]:
+        for key in measured.keys() - {"model", "mode", "micro_batch"}:
+            measured[key] = None
+    steps["ratios"][0]["memory"] = None
+    assert "| Llama | compiled | 16 | – | – | – | – | – |" in steps_table(steps)
+    assert "| eager | 1 | 1.00 | – |" in steps_table(steps)

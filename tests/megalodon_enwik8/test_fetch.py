@@ -1,0 +1,261 @@
+"""Fetching enwik8 from a real server on this machine that breaks in the usual ways."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalodon_enwik8 import data
+from megalodon_enwik8.data import load_corpus
+from megalodon_enwik8.safety import UserError
+
+TEXT = random.Random(0).randbytes(200_000)
+
+
+def zipped(text: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("enwik8", text)
+    return buffer.getvalue()
+
+
+class Server(ThreadingHTTPServer):
+    """Meets the n-th request with the n-th behaviour of `plan`, then with `last`."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.archive = zipped(TEXT)
+        self.plan: list[str] = []
+        self.last = "good"
+        self.asked = 0
+        self.released = threading.Event()  # ends what stalls
+
+    def facts(self) -> dict[str, Any]:
+        """What data.py is to take for enwik8."""
+        return {
+            "ENWIK8_URL": f"http://127.0.0.1:{self.server_port}/enwik8.zip",
+            "ENWIK8_ZIP_SHA256": hashlib.sha256(zipped(TEXT)).hexdigest(),
+            "ENWIK8_SIZE": len(TEXT),
+            "ENWIK8_SHA256": hashlib.sha256(TEXT).hexdigest(),
+            "ENWIK8_DATA_BYTES": 190_000,
+            "DOWNLOAD_TRIES": 3,
+            "DOWNLOAD_WAIT_S": 0.01,
+            "DOWNLOAD_STALL_S": 0.2,
+        }
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        does = self.server.plan.pop(0) if self.server.plan else self.server.last
+        self.server.asked += 1
+        body = self.server.archive
+        if does.isdecimal():
+            self.send_error(int(does))
+            return
+        if does == "silent":
+            self.server.released.wait(20)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if does == "wrong":
+            body = bytes(len(body))
+        self.wfile.write(body if does in ("good", "wrong") else body[: len(body) // 2])
+        if does == "stall":
+            self.wfile.flush()
+            self.server.released.wait(20)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with Server() as server:
+        for name, value in server.facts().items():
+            monkeypatch.setattr(data, name, value)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "enwik8.gz"
+
+
+def get(target: Path) -> None:
+    corpus = load_corpus(str(target), progress=False)
+    assert corpus.name == "enwik8"
+    assert corpus.train.tobytes() + corpus.val.tobytes() == TEXT[:190_000]
+
+
+def left_by(target: Path) -> set[str]:
+    return set(os.listdir(target.parent)) - {"enwik8.lock"}
+
+
+@pytest.mark.usefixtures("server")
+def test_fetched_file_is_the_text_under_its_name_and_nothing_else_is_left(target: Path) -> None:
+    get(target)
+    assert gzip.decompress(target.read_bytes()) == TEXT
+    get(target.with_suffix(""))
+    assert target.with_suffix("").read_bytes() == TEXT
+    assert left_by(target) == {"enwik8.gz", "enwik8"}
+
+
+def test_file_in_place_is_used_without_asking(server: Server, target: Path) -> None:
+    get(target)
+    before = target.read_bytes()
+    get(target)
+    assert server.asked == 1
+    target.unlink()
+    get(target)
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("plan", [["503"], ["503", "cut"], ["stall"], ["wrong"], ["cut", "429"]])
+def test_trouble_that_passes_ends_with_the_right_file(
+    server: Server, target: Path, plan: list[str]
+) -> None:
+    server.plan = list(plan)
+    get(target)
+    assert server.asked == len(plan) + 1
+    assert left_by(target) == {"enwik8.gz"}
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason", "asked"),
+    [
+        ("404", "HTTP Error 404: Not Found", 1),
+        ("503", "HTTP Error 503: Service Unavailable", 3),
+        ("silent", "timed out", 3),
+        ("stall", "timed out", 3),
+        ("cut", "invalid hash value|IncompleteRead", 3),
+        ("wrong", "invalid hash value", 3),
+    ],
+)
+def test_trouble_that_stays_is_one_line_and_leaves_no_file(
+    server: Server, target: Path, behaviour: str, reason: str, asked: int
+) -> None:
+    server.last = behaviour
+    with pytest.raises(UserError, match=reason) as caught:
+        get(target)
+    place = target.with_name("enwik8.zip")
+    assert str(caught.value).endswith(
+        f" Get it by other means, put it at {place} and set data_path={place}, or run on the "
+        "sample: data_path=sample"
+    )
+    assert "\n" not in str(caught.value)
+    assert server.asked == asked
+    assert left_by(target) == set()
+    assert socket.getdefaulttimeout() is None
+    # What the line advises.
+    place.write_bytes(server.archive)
+    get(place)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "elsewhere.invalid"])
+def test_no_network_is_said_at_once(
+    target: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    monkeypatch.setattr(data, "ENWIK8_URL", f"http://{host}:{port}/enwik8.zip")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"Connection refused|look up elsewhere"):
+        get(target)
+    assert time.monotonic() - began < data.DOWNLOAD_WAIT_S
+    assert left_by(target) == set()
+
+
+def start(server: Server, target: Path) -> subprocess.Popen[str]:
+    """Another process that fetches."""
+    code = (
+        "from megalodon_enwik8 import data\n"
+        f"for name, value in {server.facts()!r}.items(): setattr(data, name, value)\n"
+        "data.DOWNLOAD_STALL_S = 20\n"
+        f"data.load_corpus({str(target)!r}, progress=False)"
+    )
+    environment = {**os.environ, "no_proxy": "*"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_killed_fetch_leaves_nothing_that_is_taken_for_the_text(
+    server: Server, target: Path
+) -> None:
+    server.plan = ["stall"]
+    process = start(server, target)
+    deadline = time.monotonic() + 60
+    while not (server.asked and left_by(target)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert left_by(target)
+    assert not target.exists()
+    # As a process that is killed while it writes the text.
+    target.with_name(".enwik8.gz.1.writing").touch()
+    get(target)
+    assert left_by(target) == {"enwik8.gz"}
+
+
+def test_two_processes_at_once_download_once(server: Server, target: Path) -> None:
+    processes = [start(server, target) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    assert errors == ["", ""]
+    assert server.asked == 1
+    assert gzip.decompress(target.read_bytes()) == TEXT
+    assert left_by(target) == {"enwik8.gz"}
+
+
+@pytest.mark.usefixtures("server")
+def test_full_disk_is_named_and_is_not_tried_again(target: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/data/\.enwik8\.gz\.zip'"):
+            get(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left_by(target) == set()
+    get(target)
+
+
+def test_archive_of_another_text_is_one_line_and_leaves_no_file(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in (TEXT[:-1], TEXT + b"x", bytes(10**7), bytes(len(TEXT))):
+        server.archive = zipped(text)
+        monkeypatch.setattr(data, "ENWIK8_ZIP_SHA256", hashlib.sha256(server.archive).hexdigest())
+        with pytest.raises(UserError, match="is not the text of 200,000 bytes"):
+            get(target)
+        assert left_by(target) == set()

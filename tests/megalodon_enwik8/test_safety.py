@@ -1,0 +1,254 @@
+"""Whole files or none, one holder of a lock, and one-line errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalodon_enwik8.safety import (
+    StopRequest,
+    UserError,
+    atomic_write,
+    exclusive_lock,
+    remove_leftovers,
+    run_main,
+)
+
+
+def python(code: str, **kwargs: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,  # type: ignore[call-overload]
+    )
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file may grow past 10,000 bytes: writing more fails as a full disk does.
+
+    Not a fixture: that would also bind what pytest writes between the phases of a test.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_block_that_ends_well_replaces_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, UserError])
+def test_any_exception_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@pytest.mark.parametrize("size", [10_001, 5_000_000])  # within the buffer, and beyond it
+def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match=r"x\.pt") as caught, small_disk(), atomic_write(path) as file:
+        file.write(b"0" * size)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_full_disk_under_torch_save_is_the_same_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with pytest.raises(OSError, match=r"x\.pt"), small_disk(), atomic_write(path) as file:
+        torch.save({"weight": torch.zeros(1_000_000)}, file)
+    assert os.listdir(tmp_path) == []
+
+
+def test_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_bytes(b"")
+    with atomic_write(tmp_path / "atomic"):
+        pass
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "x.gz", tmp_path / "real" / "y.gz"
+    link.symlink_to(target)
+    with atomic_write(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / ("é" * 127)) as file:
+        file.write(b"new")
+
+
+@pytest.mark.parametrize("name", ["absent/x.pt", "folder"])
+def test_an_impossible_place_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=name), atomic_write(tmp_path / name):
+        pass
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_an_error_about_another_file_names_that_file(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="other"), atomic_write(tmp_path / "x.pt"):
+        raise PermissionError(errno.EACCES, "no", str(tmp_path / "other"))
+
+
+def test_killed_writer_leaves_the_old_file_and_a_removable_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"old")
+    writer = python(
+        f"""
+        import os, signal
+        from megalodon_enwik8.safety import atomic_write
+        with atomic_write({str(path)!r}) as file:
+            file.write(b"half" * 10**6)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    writer.communicate()
+    assert path.read_bytes() == b"old"
+    assert len(os.listdir(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+HOLDER = """
+    import sys
+    from pathlib import Path
+    from megalodon_enwik8.safety import exclusive_lock
+    with exclusive_lock(Path({path!r})):
+        print("held", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use_until_its_holder_dies(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.lock"
+    holder = python(HOLDER.format(path=str(path)))
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(UserError, match=f"{tmp_path} is in use by another process: "),
+        exclusive_lock(path, blocking=False),
+    ):
+        pass
+    holder.kill()
+    holder.communicate()
+    with exclusive_lock(path, blocking=False):
+        pass
+
+
+def test_blocking_lock_waits_for_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with exclusive_lock(path):
+        waiter = python(HOLDER.format(path=str(path)))
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiter.wait(0.5)
+    assert waiter.communicate("")[0] == "held\n"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        (UserError("seq_len=0:\n  too \x1b[31msmall"), 2, "error: seq_len=0: too ?[31msmall\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 2, "error: out of memory: buy more\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory: b"),
+        (OSError(errno.ENOSPC, "full", "x.pt"), 2, "error: x.pt: No space left on device: mend"),
+        (PermissionError(errno.EACCES, "no", "x.pt"), 2, "error: x.pt: Permission denied: mend"),
+    ],
+)
+def test_script_ends_in_one_line_and_the_usual_code(
+    capsys: pytest.CaptureFixture[str], outcome: object, code: int, message: str
+) -> None:
+    def main() -> int | None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert outcome is None or isinstance(outcome, int)
+        return outcome
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main, "buy more")
+    assert ended.value.code == code
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == bool(message)
+
+
+@pytest.mark.parametrize("defect", [OSError("no number"), RuntimeError("x"), LookupError("x")])
+def test_a_defect_of_the_program_keeps_its_traceback(defect: Exception) -> None:
+    def main() -> None:
+        raise defect
+
+    with pytest.raises(type(defect)):
+        run_main(main)
+
+
+def test_closed_pipe_ends_quietly() -> None:
+    script = python(
+        """
+        from megalodon_enwik8.safety import run_main
+        def main():
+            input()
+            print("x" * 10**6)
+        run_main(main)
+        """
+    )
+    assert script.stdout is not None
+    assert script.stdin is not None
+    script.stdout.close()
+    script.stdin.write("\n")
+    script.stdin.close()
+    assert script.stderr is not None
+    assert script.stderr.read() == ""
+    assert script.wait() == 141
+    script.stderr.close()
+
+
+def test_the_first_signal_is_a_flag_and_the_old_handler_comes_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        assert stop.signal_number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second ends the process
+    assert signal.getsignal(signal.SIGTERM) == before
