@@ -183,10 +183,6 @@ class MegalodonCache(Cache):
             )
 
     @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
     def is_croppable(self) -> bool:
         return False
 

@@ -3,26 +3,16 @@
     model = MegalodonForCausalLM(MegalodonConfig.mega1_3b())
     model.load_state_dict(from_released(torch.load(path, weights_only=True), model.config))
 
-One table, :data:`MODEL` and :data:`LAYER`, states every name and shape. It was written without
-access to the released files; what could not be checked against them is, most doubtful first:
+One table, :data:`MODEL` and :data:`LAYER`, states every name and shape of world size one; beside
+them stand the constants of :func:`_constants`. The released rotary embedding turns adjacent pairs
+(2i, 2i + 1) of a head. Here the pairs are (i, i + d/2): the same scores once the rows of ``wz``
+and the columns of ``gamma`` and ``beta`` are permuted inside each head, on the axes marked ``~``.
 
-- ``omega`` may lack its last axis (axes of length one are free here in any case), and ``gamma``
-  of CEMA may be stored as a complex (D, N) tensor where real and imaginary part are expected;
-- the names of the embedding, the last norm and the output matrix (``embed``, ``norm``,
-  ``output``), and that a tied model stores no ``output.weight``;
-- that no constants are stored beside the parameters, such as rotary frequencies or a prior of
-  TimestepNorm;
-- that row 0 of the attention's ``gamma`` and ``beta`` makes queries and row 1 keys, and that
-  ``fc1`` is the gated matrix of SwiGLU, ``fc3`` the other;
-- that its rotary embedding, in complex arithmetic, turns adjacent pairs (2i, 2i + 1) of a head.
-  Here the pairs are (i, i + d/2): the same scores once the rows of ``wz`` and the columns of
-  ``gamma`` and ``beta`` are permuted inside each head, on the axes marked ``~`` in the table.
-
-A file that differs is refused with every differing name and shape, so that nothing is ever
-loaded into the wrong place; correct the table then.
+A file that differs is refused with every differing name, shape and constant, so that nothing is
+ever loaded into the wrong place.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,9 +36,9 @@ class Entry(NamedTuple):
 
 MODEL = (
     Entry("model.embed_tokens.weight", "embed.weight", "V D"),
-    Entry("model.final_norm.weight", "norm.weight", "D"),
-    Entry("model.final_norm.bias", "norm.bias", "D"),
-    Entry("lm_head.weight", "output.weight", "V D", "untied"),
+    Entry("model.final_norm.weight", "output.final_norm.weight", "D"),
+    Entry("model.final_norm.bias", "output.final_norm.bias", "D"),
+    Entry("lm_head.weight", "output.output.weight", "V D"),  # stored where tied as well
 )
 
 LAYER = (
@@ -88,24 +78,30 @@ def from_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> 
     """Our state dict from a released one of world size one; dtypes stay as they are.
 
     A tied model's result holds the shared matrix under both names, as ``model.state_dict()`` does.
+    Constants may be left out.
 
     Raises:
-        ValueError: naming every key that is unknown or missing and every shape that is wrong.
+        ValueError: naming every key that is unknown or missing and every shape or constant that is
+            wrong.
     """
     entries = _entries(config)
     sizes = _sizes(config)
+    constants = _constants(config)
+    others = [
+        key
+        for key, value in constants.items()
+        if key in state_dict and not _same(state_dict[key], value)
+    ]
+    state_dict = {key: value for key, value in state_dict.items() if key not in constants}
     shapes = {entry.released: _shape(entry, sizes) for entry in entries}
-    _check(state_dict, shapes, "the released code's", free_ones=True)
+    _check(state_dict, shapes, "the released code's", others)
     order = torch.arange(config.z_dim // config.num_heads).view(-1, 2).T.flatten()
-    result = {
+    return {
         entry.ours: _reorder(
             state_dict[entry.released].reshape(_our_shape(entry, sizes)), entry, order
         )
         for entry in entries
     }
-    if config.tie_word_embeddings:
-        result["lm_head.weight"] = result["model.embed_tokens.weight"]
-    return result
 
 
 def to_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> dict[str, Tensor]:
@@ -114,23 +110,41 @@ def to_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> di
     Raises:
         ValueError: naming every key that is unknown or missing and every shape that is wrong.
     """
-    if config.tie_word_embeddings:
-        state_dict = {key: value for key, value in state_dict.items() if key != "lm_head.weight"}
     entries = _entries(config)
     sizes = _sizes(config)
     shapes = {entry.ours: _our_shape(entry, sizes) for entry in entries}
-    _check(state_dict, shapes, "MegalodonForCausalLM's", free_ones=False)
+    _check(state_dict, shapes, "MegalodonForCausalLM's")
     order = torch.arange(config.z_dim // config.num_heads).view(2, -1).T.flatten()
-    return {
+    tensors = {
         entry.released: _reorder(state_dict[entry.ours], entry, order).reshape(_shape(entry, sizes))
         for entry in entries
     }
+    return tensors | _constants(config)
+
+
+def _constants(config: MegalodonConfig) -> dict[str, Tensor]:
+    """What the released code stores beside its parameters: rotary frequencies, and the priors of
+    its TimestepNorms, with which this model agrees where they are zero."""
+    head_dim = config.z_dim // config.num_heads
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    constants = {"rope.freqs": (config.rope_base**-exponent).float()}
+    layers = [f"layers.{i}.mega.timenorm" for i in range(config.num_layers)]
+    for norm in (*layers, "output.final_norm"):
+        constants[f"{norm}.prior_count"] = torch.zeros((), dtype=torch.int64)
+        constants[f"{norm}.prior_mean"] = torch.zeros(config.norm_num_groups)
+        constants[f"{norm}.prior_logv"] = torch.zeros(config.norm_num_groups)
+    return constants
+
+
+def _same(found: Tensor, constant: Tensor) -> bool:
+    """Whether a constant is as it must be, up to the digits of a bfloat16."""
+    found = found.to("cpu", constant.dtype)
+    return found.shape == constant.shape and torch.allclose(found, constant, rtol=0.01)
 
 
 def _entries(config: MegalodonConfig) -> list[Entry]:
     """The tensors of a model of this config, layers numbered."""
     options = {
-        "untied": not config.tie_word_embeddings,
         "output_ffn_bias": config.output_ffn_bias,
         "swiglu": config.swiglu,
         "rescale_nffn": config.rescale_nffn,
@@ -169,10 +183,6 @@ def _our_shape(entry: Entry, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return _shape(entry._replace(shape=entry.shape.replace(" 1", "")), sizes)
 
 
-def _without_ones(shape: Iterable[int]) -> list[int]:
-    return [size for size in shape if size != 1]
-
-
 def _reorder(tensor: Tensor, entry: Entry, order: Tensor) -> Tensor:
     """Apply `order` inside each head, on the axis that the table marks."""
     marked = [i for i, symbol in enumerate(entry.shape.split()) if symbol.startswith("~")]
@@ -187,24 +197,24 @@ def _check(
     state_dict: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     whose: str,
-    *,
-    free_ones: bool,
+    other_constants: Sequence[str] = (),
 ) -> None:
     """Raise one ValueError for all that is wrong."""
-
-    def differs(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-        return _without_ones(found) != _without_ones(wanted) if free_ones else found != wanted
-
     unknown = [key for key in state_dict if key not in shapes]
     missing = [key for key in shapes if key not in state_dict]
     wrong = [
         f"{key} is {found}, must be {wanted}"
         for key, wanted in shapes.items()
-        if key in state_dict and differs(found := tuple(state_dict[key].shape), wanted)
+        if key in state_dict and (found := tuple(state_dict[key].shape)) != wanted
     ]
     problems = [
         f"{name}: {', '.join(keys)}"
-        for name, keys in (("unknown", unknown), ("missing", missing), ("of another shape", wrong))
+        for name, keys in (
+            ("unknown", unknown),
+            ("missing", missing),
+            ("of another shape", wrong),
+            ("constants of another model", other_constants),
+        )
         if keys
     ]
     if problems:

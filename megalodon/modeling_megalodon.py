@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import can_return_tuple
 
 from .cache import LayerState, MegalodonCache
 from .compat import CACHE_NAME, CausalLMOutput, ModelOutput, one_cache
@@ -163,9 +164,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         std = 1.0 / math.sqrt(self.config.model_dim)
         init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
-    def _returns_dict(self, return_dict: bool | None) -> bool:
-        return bool(self.config.return_dict if return_dict is None else return_dict)
-
 
 def _refuse_float16(dtype: torch.dtype | str | None) -> None:
     if dtype in (torch.float16, "float16"):
@@ -187,6 +185,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self._rotary_tables: dict[torch.device, Tensor] = {}
         self.post_init()
 
+    @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -197,9 +196,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         past_key_values: MegalodonCache | None = None,
-    ) -> ModelOutput | tuple:
+    ) -> ModelOutput:
         """Hidden states of a piece of text.
 
         Args:
@@ -215,7 +213,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
             output_hidden_states: whether to return the input of every block as well, and the
                 final hidden states. Default: the config's.
             output_attentions: refused, for attention maps are never whole.
-            return_dict: whether to return an object, not a tuple. Default: the config's.
             past_key_values: the old name of `cache`.
 
         Raises:
@@ -259,29 +256,27 @@ class MegalodonModel(MegalodonPreTrainedModel):
             return_state=bool(use_cache),
             fused=implementation == "sdpa",
         )
-        continued = cache is not None and cache.final_norm is not None
+        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        norm_state = None if cache is None else cache.final_norm
         hidden_states: list[Tensor] = []
         states: list[LayerState] = []
-        for i, layer in enumerate(self.layers):
+        for layer, state in zip(self.layers, before, strict=True):
             if output_hidden_states:
                 hidden_states.append(x)
-            state = cache.states[i] if cache is not None and continued else None
             x, state = layer(x, state, layout)
             if state is not None:
                 states.append(state)
-        norm_state = cache.final_norm if cache is not None and continued else None
         x, norm_state = self.final_norm(x, norm_state, layout)
         if cache is not None and use_cache:
             cache.advance(states, norm_state, x.shape[1], layout.segments is None)
         if output_hidden_states:
             hidden_states.append(x)
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
-        output = ModelOutput(
+        return ModelOutput(
             last_hidden_state=x,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             **named,
         )
-        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -338,6 +333,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         self.register_load_state_dict_post_hook(_forgive_tied_weight)
         self.post_init()
 
+    @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -349,12 +345,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
         past_key_values: MegalodonCache | None = None,
-    ) -> CausalLMOutput | tuple:
+    ) -> CausalLMOutput:
         """Next-token logits, and the loss where labels are given.
 
         Args:
@@ -401,10 +396,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 ignore_index=ignore_index,
             )
         named: dict[str, Any] = {CACHE_NAME: outputs.cache}
-        output = CausalLMOutput(
+        return CausalLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named
         )
-        return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
 def _forgive_tied_weight(model: MegalodonForCausalLM, keys: Any) -> None:

@@ -14,7 +14,7 @@ from .ops.cema import cema, cema_coefficients, cema_step, cema_step_coefficients
 from .ops.cema_blocks import CEMACoefficients
 from .ops.chunk_attention import apply_rotary
 from .ops.elementwise import rms_norm, swiglu
-from .ops.precision import compute_dtype
+from .ops.precision import compute_dtype, wide_dtype
 from .ops.timestep_norm import TimestepNormState, timestep_norm
 
 
@@ -35,12 +35,9 @@ class Float32Module(nn.Module):
 
 
 def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=_parameter_dtype()))
-
-
-def _parameter_dtype() -> torch.dtype:
-    """float32, or float64 where that is the default."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+    """Zeros in float32, or in float64 where that is the default."""
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return nn.Parameter(torch.zeros(shape, dtype=dtype))
 
 
 class MegalodonTimestepNorm(Float32Module):
@@ -87,7 +84,7 @@ class MegalodonLayerNorm(Float32Module):
         self.weight, self.bias = _zeros(config.model_dim), _zeros(config.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(wide_dtype(x))
         y = F.layer_norm(wide, self.weight.shape, self.weight + 1, self.bias, self.eps)
         return y.to(compute_dtype(x))
 
@@ -143,7 +140,7 @@ class MegalodonQueryKey(Float32Module):
     def forward(self, z: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L, Z) -> q, k (B, L, H, Z/H) in the dtype of z."""
         heads = z.view(*z.shape[:2], 1, self.num_heads, -1)  # (B, L, 1, H, Z/H)
-        wide = torch.promote_types(z.dtype, torch.float32)
+        wide = wide_dtype(z)
         normed = rms_norm(heads, None, self.eps, wide)
         scale = ((self.gamma + 1) * heads.shape[-1] ** -0.5).view(2, self.num_heads, -1)
         both = torch.addcmul(self.beta.view_as(scale), normed, scale)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cema_blocks import CEMACoefficients, cema_blocks, q_powers
-from .precision import without_autocast
+from .precision import wide_dtype, without_autocast
 from .scan import complex_power
 from .segments import Segments, gather_slots, scatter_slots
 
@@ -36,7 +36,7 @@ def cema_coefficients(
 
     Computed in float32, or in float64 where the parameters are.
     """
-    dtype = torch.promote_types(alpha.dtype, torch.float32)
+    dtype = wide_dtype(alpha)
     p = alpha.to(dtype).sigmoid()
     log_rho = torch.log1p(-p * delta.to(dtype).sigmoid())
     order = alpha.shape[1]

@@ -236,15 +236,17 @@ def _segmented(
         if cached is None:
             return buffer
         # Cached slots come first; those that this piece fills are overwritten by it.
-        filled = scatter_slots(segments.mask.unsqueeze(-1), segments.chunk_slot, size + chunk_size)[
-            :, :chunk_size, :, None
-        ]
+        filled = scatter_slots(segments.mask, segments.chunk_slot, size + chunk_size)
+        filled = filled[:, :chunk_size, None, None]
         head = torch.where(filled, buffer[:, :chunk_size], cached.to(x.dtype))
         return torch.cat([head, buffer[:, chunk_size:]], dim=1)
 
+    def in_chunks(x: Tensor) -> Tensor:
+        return x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1)
+
     keys = lay_out(k, None if state is None else state.keys)
     values = lay_out(v, None if state is None else state.values)
-    queries = lay_out(q, None)[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1)
+    queries = in_chunks(lay_out(q, None))
     if segments.has_borders:
         # A chunk of a document may lie across a border of the layout, but reaches no further
         # back than one.
@@ -262,10 +264,7 @@ def _segmented(
 
         y = _attend(queries, with_previous(keys), with_previous(values), dropout, fused, mask)
     else:
-        rows = [
-            x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1) for x in (keys, values)
-        ]
-        y = _attend(queries, rows[0], rows[1], dropout, fused)
+        y = _attend(queries, in_chunks(keys), in_chunks(values), dropout, fused)
     y = gather_slots(y.unflatten(0, (-1, chunks)).flatten(1, 2), segments.chunk_slot)
     if not return_state:
         return y, None

@@ -1,7 +1,8 @@
 """Short chains of elementwise operations whose backward keeps nothing but their inputs.
 
 PyTorch's own autograd would keep every link of the chain; over all blocks that is a large part
-of a training step's memory.
+of a training step's memory. No forward writes to its result in place, for the reason in
+:func:`megalodon.ops.precision.cast`.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .precision import cast, wide_dtype
 
 
 def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
@@ -20,20 +23,16 @@ def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, tensors of one shape and dtype."""
     if not torch.is_grad_enabled():
-        return _swiglu(gate, value)
+        return swiglu_reference(gate, value)
     result: Tensor = _SwiGLU.apply(gate, value)
     return result
-
-
-def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    return F.silu(gate).mul_(value)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return _swiglu(gate, value)
+        return swiglu_reference(gate, value)
 
     @staticmethod
     @once_differentiable
@@ -44,7 +43,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + 1) over the last axis. Arguments as rms_norm."""
-    wide = x.to(_wide(x))
+    wide = x.to(wide_dtype(x))
     normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (normed if weight is None else normed * (weight + 1)).to(dtype)
 
@@ -69,13 +68,13 @@ def _rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The result, and 1 / rms (..., 1)."""
-    wide = x.to(_wide(x))
+    wide = x.to(wide_dtype(x))
     mean_square = torch.linalg.vecdot(wide, wide).mul_(1 / x.shape[-1])
     rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
     normed = wide * rstd
     if weight is not None:
-        normed.addcmul_(normed, weight.to(wide.dtype))
-    return normed.to(dtype), rstd
+        normed = torch.addcmul(normed, normed, weight.to(wide.dtype))
+    return cast(normed, dtype), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -100,7 +99,3 @@ class _RMSNorm(torch.autograd.Function):
         along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
         grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(rstd)
         return grad_x.to(x.dtype), grad_weight, None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -1,10 +1,11 @@
-"""Which dtype to compute in, and how to keep autocast out of the operations."""
+"""Which dtype to compute in, casting, and how to keep autocast out of the operations."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,7 +17,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
-        assert isinstance(first, torch.Tensor)
+        assert isinstance(first, Tensor)
         if not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
@@ -25,9 +26,21 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer applied to x computes in: autocast's where it acts on x."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype, for the end of an autograd function's forward. Compiled by PyTorch 2.11, a
+    function gives gradients of zero where an operation has handed its result through: an in-place
+    one, or `.to` what has the dtype already."""
+    return x if x.dtype == dtype else x.to(dtype)

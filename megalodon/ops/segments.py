@@ -36,7 +36,6 @@ class Segments:
     block_document: Tensor  # (B, num_blocks)
     block_used: Tensor  # (B,) slots used in the block layout
 
-    chunk: int
     num_chunks: int
     chunk_slot: Tensor  # (B, L) slot in the chunk layout; (num_chunks + 1) * chunk for padding
     chunk_position: Tensor  # (B, L) position inside the chunk, for RoPE
@@ -128,7 +127,6 @@ def build_segments(
         block_slot=block_slot,
         block_document=block_document,
         block_used=block_used,
-        chunk=chunk,
         num_chunks=num_chunks,
         chunk_slot=chunk_slot,
         chunk_position=chunk_position,

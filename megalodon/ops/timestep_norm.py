@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import without_autocast
+from .precision import cast, wide_dtype, without_autocast
 from .segments import Segments
 
 
@@ -107,7 +107,7 @@ def timestep_norm(
         y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps, dtype)
         return y, TimestepNormState(state.steps + x.shape[1], mean, var)
 
-    groups = x.unflatten(-1, (num_groups, -1)).to(_compute_dtype(x))
+    groups = x.unflatten(-1, (num_groups, -1)).to(wide_dtype(x))
     step_mean, step_var = _step_statistics(groups)
     mean, var = _segment_statistics(step_mean, step_var, state, segments)
     rstd = (var + eps).rsqrt()
@@ -143,13 +143,9 @@ def _step(
     # delta (step_mean - mean) is delta^2 (t-1)/t, which is never negative.
     var = torch.lerp(state.var, torch.addcmul(step_var, delta, step_mean - mean), inverse)
     normed = (groups - mean.unsqueeze(-1)) * (var + eps).rsqrt().unsqueeze(-1)
-    normed = normed.to(_compute_dtype(x)).view(x.shape)
+    normed = normed.to(wide_dtype(x)).view(x.shape)
     y = torch.addcmul(normed + bias, normed, weight)
     return y.to(dtype), TimestepNormState(steps, mean, var)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +227,7 @@ class _TimestepNorm(torch.autograd.Function):
         eps: float,
         y_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _compute_dtype(x)
+        dtype = wide_dtype(x)
         groups = x.unflatten(-1, (num_groups, -1)).to(dtype)
         step_mean, step_var = _step_statistics(groups)
         mean, var, inverse = _cumulative_statistics(
@@ -246,13 +242,13 @@ class _TimestepNorm(torch.autograd.Function):
         y = torch.addcmul(bias.to(dtype), y.flatten(-2), (weight + 1).to(dtype))
         ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
         ctx.bias_dtype = bias.dtype
-        return y.to(y_dtype), mean[:, -1].clone(), var[:, -1].clone()
+        return cast(y, y_dtype), mean[:, -1].clone(), var[:, -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple:
         x, weight, count, mean0, mean, rstd, inverse = ctx.saved_tensors
-        dtype, groups = _compute_dtype(x), mean.shape[-1]
+        dtype, groups = wide_dtype(x), mean.shape[-1]
         size = x.shape[-1] // groups
 
         def by_group(full: Tensor) -> Tensor:

@@ -22,3 +22,14 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # Without a state, at the first place of a chunk, at the second, at any other.
     assert counter.frame_count <= 5
+
+
+def test_compiled_layers_have_the_gradients_of_eager_ones() -> None:
+    eager, compiled = tiny_model(rescale_nffn=True), tiny_model(rescale_nffn=True)
+    for layer in compiled.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
+    for model in (eager, compiled):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)

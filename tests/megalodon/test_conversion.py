@@ -40,7 +40,10 @@ def test_there_and_back_is_the_same_model(options: dict[str, Any]) -> None:
 def test_the_other_way_round_as_well(options: dict[str, Any]) -> None:
     config = tiny_config(**options)
     released = to_released(MegalodonForCausalLM(config).state_dict(), config)
-    released = {key: torch.randn(value.shape) for key, value in released.items()}
+    released = {
+        key: value if "prior" in key or "rope" in key else torch.randn(value.shape)
+        for key, value in released.items()
+    }
     back = to_released(from_released(released, config), config)
     assert back.keys() == released.keys()
     assert all(torch.equal(back[key], released[key]) for key in released)
@@ -54,7 +57,7 @@ def test_the_table_covers_the_released_models(name: str) -> None:
     released = to_released(state, config)
     assert released["layers.0.mega.cema.alpha"].shape == (config.model_dim, 16, 1)
     assert released["layers.0.mega.gamma"].shape == (2, config.z_dim)
-    assert ("output.weight" in released) is not config.tie_word_embeddings
+    assert released["output.output.weight"].shape == (config.vocab_size, config.model_dim)
     assert ("layers.0.nffn.fc3.weight" in released) is config.swiglu
     assert "layers.0.mega.wh2.bias" not in released
 
@@ -101,14 +104,14 @@ def test_half_split_pairs_give_the_scores_of_adjacent_pairs() -> None:
 def test_every_problem_is_named_in_one_error() -> None:
     model = tiny_model()
     released = to_released(model.state_dict(), model.config)
-    released["rope.freqs"] = released.pop("layers.1.mega.wz.bias")
+    released["layers.1.mega.wq.bias"] = released.pop("layers.1.mega.wz.bias")
     released["layers.0.nffn.fc1.weight"] = released["layers.0.nffn.fc1.weight"].T
     released["embed.weight"] = torch.zeros(300, 32)
     with pytest.raises(ValueError, match="world size one") as error:
         from_released(released, model.config)
     message = str(error.value)
     assert "\n" not in message
-    assert "unknown: rope.freqs" in message
+    assert "unknown: layers.1.mega.wq.bias" in message
     assert "missing: layers.1.mega.wz.bias" in message
     assert "layers.0.nffn.fc1.weight is (32, 40), must be (40, 32)" in message
     assert "embed.weight is (300, 32), must be (256, 32)" in message
@@ -125,12 +128,21 @@ def test_weights_of_another_config_are_refused(option: str) -> None:
         to_released(model.state_dict(), other)
 
 
-def test_axes_of_length_one_do_not_matter() -> None:
+def test_constants_are_written_and_held_to_those_of_this_model() -> None:
     model = tiny_model()
     released = to_released(model.state_dict(), model.config)
-    flat = {key: value.squeeze() for key, value in released.items()}
-    ours = from_released(flat, model.config)
-    assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
+    groups = model.config.norm_num_groups
+    for norm in ("layers.0.mega.timenorm", "layers.1.mega.timenorm", "output.final_norm"):
+        assert released[f"{norm}.prior_count"].dtype == torch.int64
+        assert not released[f"{norm}.prior_count"]
+        for prior in ("prior_mean", "prior_logv"):
+            assert torch.equal(released[f"{norm}.{prior}"], torch.zeros(groups))
+    assert released["rope.freqs"].shape == (4,)
+    from_released({k: v for k, v in released.items() if "prior" not in k}, model.config)
+    released["output.final_norm.prior_mean"] += 0.5
+    match = "constants of another model: rope.freqs, output.final_norm.prior_mean"
+    with pytest.raises(ValueError, match=match):
+        from_released(released, tiny_config(rope_base=100_000.0))
 
 
 def test_dtypes_stay_as_they_are() -> None:
