@@ -1,8 +1,7 @@
 """Short chains of elementwise operations whose backward keeps nothing but their inputs.
 
 PyTorch's own autograd would keep every link of the chain; over all blocks that is a large part
-of a training step's memory. No forward writes to its result in place, for the reason in
-:func:`megalodon.ops.precision.cast`.
+of a training step's memory.
 """
 
 from typing import Any
@@ -12,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import cast, wide_dtype
+from .precision import wide_dtype
+
+
+def fresh(result: Tensor) -> Tensor:
+    """What an autograd function's forward returns. Compiled by PyTorch 2.11, the function would
+    give gradients of zero where an operation has handed the result through, as an in-place one
+    does, and `.to` what has the dtype already. The compiler fuses the copy with what it copies."""
+    return result.clone() if torch.compiler.is_compiling() else result
 
 
 def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
@@ -23,16 +29,20 @@ def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, tensors of one shape and dtype."""
     if not torch.is_grad_enabled():
-        return swiglu_reference(gate, value)
+        return _swiglu(gate, value)
     result: Tensor = _SwiGLU.apply(gate, value)
     return result
+
+
+def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    return F.silu(gate).mul_(value)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return swiglu_reference(gate, value)
+        return fresh(_swiglu(gate, value))
 
     @staticmethod
     @once_differentiable
@@ -73,8 +83,8 @@ def _rms_norm(
     rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
     normed = wide * rstd
     if weight is not None:
-        normed = torch.addcmul(normed, normed, weight.to(wide.dtype))
-    return cast(normed, dtype), rstd
+        normed.addcmul_(normed, weight.to(wide.dtype))
+    return normed.to(dtype), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -84,7 +94,7 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         normed, rstd = _rms_norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, rstd)
-        return normed
+        return fresh(normed)
 
     @staticmethod
     @once_differentiable

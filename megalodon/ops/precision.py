@@ -1,4 +1,4 @@
-"""Which dtype to compute in, casting, and how to keep autocast out of the operations."""
+"""Which dtype to compute in, and how to keep autocast out of the operations."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -37,10 +37,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where x is."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this dtype, for the end of an autograd function's forward. Compiled by PyTorch 2.11, a
-    function gives gradients of zero where an operation has handed its result through: an in-place
-    one, or `.to` what has the dtype already."""
-    return x if x.dtype == dtype else x.to(dtype)

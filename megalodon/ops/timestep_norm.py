@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import cast, wide_dtype, without_autocast
+from .elementwise import fresh
+from .precision import wide_dtype, without_autocast
 from .segments import Segments
 
 
@@ -242,7 +243,7 @@ class _TimestepNorm(torch.autograd.Function):
         y = torch.addcmul(bias.to(dtype), y.flatten(-2), (weight + 1).to(dtype))
         ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
         ctx.bias_dtype = bias.dtype
-        return cast(y, y_dtype), mean[:, -1].clone(), var[:, -1].clone()
+        return fresh(y.to(y_dtype)), mean[:, -1].clone(), var[:, -1].clone()
 
     @staticmethod
     @once_differentiable
