@@ -103,7 +103,7 @@ class ExperimentConfig(BaseModel):
     llama_init: Literal["transformers", "pytorch", "fan_in"] = _llama("transformers")
 
     # Data
-    data_path: PathText = "data/enwik8.gz"  # or `sample`, or any file
+    data_path: PathText = "data/enwik8.gz"  # or `sample`, `code`, or any file
     data_bytes: Count | None = None  # read so many bytes; null: 95,000,000 of enwik8, else all
     seq_len: Count = 512
 

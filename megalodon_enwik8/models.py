@@ -27,8 +27,8 @@ from megalodon_enwik8.safety import UserError
 
 FFN_MULTIPLE = 256
 
-# Compiling one block takes about half a minute on two CPU cores and then saves about a quarter of
-# each step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
+# Compiling one block takes some 20 seconds on two CPU cores and then saves about a tenth of each
+# step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
 COMPILE_PAYS_FLOPS = 1e14
 
 
