@@ -39,7 +39,7 @@ from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, w
 from megalodon_enwik8.training import make_optimizer, train_step
 
 MODELS = ("megalodon", "llama")
-SEQUENCES = 16  # in a step of `train`, as the protocol has it
+STEP_BYTES = 16 * 512  # in a step of `train`, as the protocol has it
 CONTEXTS = [512 * 2**i for i in range(9)]  # 512 ... 131,072
 
 # A Megalodon reads a prompt so many tokens at a time, which bounds its memory.
@@ -302,26 +302,36 @@ def run_train(options: argparse.Namespace) -> str:
     """Training steps, into train.json; returns its tables."""
     from megalodon_enwik8.report.tables import steps_table
 
+    sequences = STEP_BYTES // options.seq_len
+    if STEP_BYTES % options.seq_len:
+        raise UserError(f"--seq-len {options.seq_len}: does not divide {STEP_BYTES:,} bytes a step")
+    sizes = [size for size in options.micro_batches if size <= sequences]
+    for size in sizes or options.micro_batches:
+        if sequences % size:
+            raise UserError(f"--micro-batches {size}: does not divide {sequences} sequences a step")
     measured: Figures = {
         "device": machine.device_name(machine.choose_device()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "sequences": SEQUENCES,
+        "processor": machine.processor_name(),
+        "sequences": sequences,
         "seq_len": options.seq_len,
+        "chunk_size": options.chunk_size,
         "dtype": "bfloat16 autocast",
         "timed_steps": options.steps,
         "rows": [],
         "ratios": [],
     }
     tasks = []
-    for size in options.micro_batches:
+    for size in sizes:
         for mode in options.modes:
             turns = Task(
                 kind="turns",
                 model="both",
                 context=options.seq_len,
                 micro_batch=size,
-                tokens=SEQUENCES * options.seq_len,
+                chunk_size=options.chunk_size,
+                tokens=STEP_BYTES,
                 repetitions=options.steps,
                 compile=mode == "compiled",
             )
@@ -412,10 +422,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action = "store_false" if off else "store_true"
         context.add_argument(name, action=action, dest=off, help=text)
 
-    divisors = [size for size in range(1, SEQUENCES + 1) if SEQUENCES % size == 0]
-    count(train, "--micro-batches", [1, 4, 16], "sequences at a time, of 16", choices=divisors)
+    count(train, "--micro-batches", [1, 4, 16], "sequences at a time, as far as a step has them")
     count(train, "--steps", 7, "timed steps of each")
-    count(train, "--seq-len", 512, "bytes in a sequence")
+    count(train, "--seq-len", 512, f"bytes in a sequence, of the {STEP_BYTES:,} of a step")
+    count(train, "--chunk-size", 256, "of the Megalodon's attention")
     some_of(train, "--modes", "eager", "compiled")
     some_of(context, "--measure", "train", "decode")
     some_of(context, "--models", *MODELS)

@@ -15,6 +15,9 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   sample: GROUP                     what the first run of the group wrote
   search: search.jsonl              steps: train.json              context: context.json
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
+
+With | train.json at their end, compare, headline and curves take seconds and memory from what
+`benchmark train` measured: they show no seconds in which the machine did something else as well.
 """
 
 from __future__ import annotations
@@ -39,15 +42,15 @@ MARKER = re.compile(r"<!-- (?:/(?P<end>[a-z]+)|(?P<word>[a-z]+): (?P<arguments>.
 # By the marker's word: the function, and what the arguments are. With a picture as the first, the
 # function takes the others and returns the figure.
 FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
-    "compare": (tables.compare, "group group"),
-    "headline": (tables.headline, "group group title group group"),
+    "compare": (tables.compare, "group group [timing]"),
+    "headline": (tables.headline, "group group title group group [timing]"),
     "runs": (tables.runs, "runs"),
     "commands": (tables.commands, "runs"),
     "sample": (tables.sample, "group"),
     "search": (tables.search, "files"),
     "steps": (tables.steps_table, "file"),
     "context": (tables.context_table, "file"),
-    "curves": (pictures.draw_curves, "picture runs"),
+    "curves": (pictures.draw_curves, "picture runs [timing]"),
     "contexts": (pictures.draw_contexts, "picture file"),
     "distances": (pictures.draw_distances, "picture files"),
 }
@@ -76,9 +79,9 @@ def make(word: str, texts: list[str], root: Path, drawn: dict[Path, Figure]) -> 
     if word not in FILLERS:
         raise UserError(f"no such marker; there are {', '.join(FILLERS)}")
     function, kinds = FILLERS[word][0], FILLERS[word][1].split()
-    if len(texts) != len(kinds):
+    if len(texts) not in (len(kinds), len(kinds) - (kinds[-1] == "[timing]")):
         raise UserError(f"takes {' | '.join(kinds)}, not {len(texts)} of those")
-    named = list(zip(kinds, texts, strict=True))
+    named = list(zip(kinds, texts, strict=False))
     arguments = [read_argument(*each, root) for each in named if each[0] != "picture"]
     if kinds[0] == "picture":
         pictures.check_can_draw(texts[0], [".svg"])
@@ -163,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures.check_can_draw(options.picture)
     groups = find_groups(options.runs)
     two = len(groups) == 2 and all(tables.with_same_seeds(groups[0], groups[1]))
-    print(tables.compare(*groups) if two else tables.runs(groups))
+    print(tables.compare(groups[0], groups[1]) if two else tables.runs(groups))
     if options.picture:
         pictures.save_picture(pictures.draw_curves(groups), options.picture)
         print(f"drawn: {options.picture}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalodon_enwik8.report.runs import Group, bpc, group_names, timing_differences
+from megalodon_enwik8.report.runs import Group, bpc, group_names, timed, timing_differences
 from megalodon_enwik8.report.tables import MODELS, common_steps
 from megalodon_enwik8.safety import UserError, atomic_write
 
@@ -68,9 +68,10 @@ def digest_of(path: Path) -> str | None:
     return found[1] if found else None
 
 
-def draw_curves(groups: Sequence[Group]) -> Figure:
+def draw_curves(groups: Sequence[Group], timing: dict[str, Any] | None = None) -> Figure:
     """BPC against steps and, where those compare, seconds: a thin line for each run, a thick one
     for the mean. The height is that of the last three quarters of the runs."""
+    groups = timed(groups, timing) if timing else groups
     names = group_names(groups)
     panels = {"step": "steps", "seconds": "seconds of training"}
     if timing_differences(groups):

@@ -226,6 +226,40 @@ def _conditions(run: Run) -> list[dict[str, str]]:
     ]
 
 
+def timed(groups: Iterable[Group], measured: dict[str, Any]) -> list[Group]:
+    """The groups with seconds and memory as `benchmark train` measured them, train.json, in place
+    of each run's own, which have in them what else the machine did."""
+    return [tuple(_time(run, measured) for run in group) for group in groups]
+
+
+def _time(run: Run, measured: dict[str, Any]) -> Run:
+    """Raises UserError for a run whose kind of step the benchmark has not measured."""
+    modes = {"compiled" if c["compilation"] == "on" else "eager" for c in _conditions(run)}
+    config = run.config
+    kind = {"mode": " and ".join(sorted(modes)), "micro_batch": config["batch_size"]}
+    lengths = {"seq_len": config["seq_len"], "bytes_a_step": run.bytes_a_step}
+    lengths |= {"chunk_size": config["chunk_size"]} if "chunk_size" in config else {}
+    had = {**measured, "bytes_a_step": measured["sequences"] * measured["seq_len"]}
+    wanted = {"model": config["model"], **kind}
+    rows = [row for row in measured["rows"] if row | wanted == row and "failed" not in row]
+    if not rows or had | lengths != had:
+        asked = ", ".join(f"{key} {value}" for key, value in (wanted | lengths).items())
+        raise UserError(f"{run.path}: the benchmark has no such step: {asked}")
+    first, each = rows[0]["first_step_seconds"], rows[0]["step_seconds"]
+    session = {key: measured.get(key) for key in ("device", "processor", "threads", "torch")}
+    points = [
+        point._replace(seconds=first + (point.step - 1) * each if point.step else 0.0)
+        for point in run.points
+    ]
+    return replace(
+        run,
+        points=tuple(points),
+        step_seconds=each,
+        peak_megabytes=rows[0]["peak_memory_bytes"] / 1e6,
+        environment={**run.environment, "sessions": [{**session, "compile": kind["mode"]}]},
+    )
+
+
 def differing_keys(groups: Sequence[Group]) -> list[str]:
     """The keys in which groups of the same model differ."""
     recipes = [group[0].recipe for group in groups]

@@ -15,6 +15,7 @@ from megalodon_enwik8.report.runs import (
     check_comparable,
     differing_keys,
     group_names,
+    timed,
     timing_differences,
 )
 from megalodon_enwik8.report.statistics import estimate, first_reach, loss_after, paired
@@ -143,8 +144,9 @@ def note(groups: Sequence[Group]) -> list[str]:
     return [f"Seconds and memory do not compare: not the same {unlike}."] if unlike else []
 
 
-def compare(ours: Group, theirs: Group) -> str:
+def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) -> str:
     """Two groups at equal steps, at equal seconds and in what they take; then step by step."""
+    ours, theirs = timed([ours, theirs], timing) if timing else (ours, theirs)
     pair = pair_up(ours, theirs)
     names = group_names(pair)
     head = [*names, "difference", "95 % interval", "relative"]
@@ -173,9 +175,17 @@ def _reach(unit: str, ours: Group, theirs: Group) -> str:
     return f"not reached by {missing} of {len(found)}" if missing else spread(reached, 0)
 
 
-def headline(ours: Group, theirs: Group, title: str, our_best: Group, their_best: Group) -> str:
+def headline(
+    ours: Group,
+    theirs: Group,
+    title: str,
+    our_best: Group,
+    their_best: Group,
+    timing: dict[str, Any] | None = None,
+) -> str:
     """Five rows: two groups at the same settings, and in the third row two at settings of their
     own, under a title that says what those are."""
+    ours, theirs = timed([ours, theirs], timing) if timing else (ours, theirs)
     check_comparable([ours, our_best])
     pair, best = pair_up(ours, theirs), pair_up(our_best, their_best)
     if note(pair):
@@ -283,6 +293,7 @@ def steps_table(measured: dict[str, Any]) -> str:
         "step / its matrix products": ("step_over_matrix_products", 2, 1),
         "peak MB": ("peak_memory_bytes", 0, 1e6),
         "first step, s": ("first_step_seconds", 1, 1),
+        "the second time": ("second_start_seconds", 1, 1),
     }
     rows = [
         [row["model"].title(), row["mode"], str(row["micro_batch"])]

@@ -90,7 +90,7 @@ def test_a_page_or_picture_that_is_behind_its_runs_is_told(
         ("<!-- runs: runs/* -->\n<!-- /compare -->", 3, "<!-- /compare --> stands in the wrong"),
         ("<!-- runs: runs/* -->\n<!-- runs: runs/* -->", 3, "stands in the wrong place"),
         ("<!-- /runs -->", 2, "<!-- /runs --> stands in the wrong place"),
-        ("<!-- compare: runs/* -->\n<!-- /compare -->", 2, "takes group | group, not 1"),
+        ("<!-- compare: runs/* -->\n<!-- /compare -->", 2, "takes group | group | [timing], not 1"),
         ("<!-- compare: runs/* | runs/* -->\n<!-- /compare -->", 2, "two recipes"),
         ("<!-- curves: a.txt | runs/* -->\n<!-- /curves -->", 2, "must end in .svg"),
         ("<!-- steps: PAGE.md -->\n<!-- /steps -->", 2, "PAGE.md: is not JSON"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megalodon_enwik8.report.__main__ import main
+from megalodon_enwik8.report.pictures import draw_curves
 from megalodon_enwik8.report.runs import find_groups, one_group
 from megalodon_enwik8.report.tables import (
     commands,
@@ -72,6 +74,40 @@ def test_seeds_that_one_group_lacks_are_left_out(folder: Path) -> None:
     with pytest.raises(UserError, match="megalodon_7 and llama_8: no seed is in both groups"):
         compare(ours, alone)
     assert "the first's" not in runs([ours, alone])
+
+
+def timing(**changes: Any) -> dict[str, Any]:
+    """What `benchmark train` leaves, of the steps of the runs above."""
+    kind = {"mode": "eager", "micro_batch": 4, "first_step_seconds": 11.0}
+    rows = [
+        {"model": "megalodon", **kind, "step_seconds": 1.0, "peak_memory_bytes": 2e9},
+        {"model": "llama", **kind, "step_seconds": 1.5, "peak_memory_bytes": 1e9},
+    ]
+    where = {"device": "cpu (2 of 2 cores)", "processor": "x", "threads": 2, "torch": "2.13.0"}
+    return {**where, "sequences": 16, "seq_len": 512, "chunk_size": 256, "rows": rows, **changes}
+
+
+def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path: Path) -> None:
+    make_group(tmp_path / "runs", "megalodon", MEGALODON)
+    make_group(tmp_path / "runs", "llama", LLAMA, session={"threads": 8})  # of another machine
+    pair = find_groups(["runs/megalodon*", "runs/llama*"], tmp_path)
+    text = compare(*pair, timing())
+    assert row(text, "a step, s")[:3] == ["1.000", "1.500", "−0.500"]
+    assert row(text, "peak memory, MB")[:3] == ["2,000", "1,000", "+1,000"]
+    # 11 s and 399 steps of 1 s; the other is after step 267 by then: 3 - 1.53 * 267 / 400 nats.
+    assert row(text, "BPC after 410 s of training")[1] == "2.8547 ± 0.0347"
+    best = headline(*pair, "title", *pair, timing())
+    assert row(best, "a step, s; peak memory, MB")[0] == "1.000; 2,000"
+    assert draw_curves(pair, timing()).axes[1].get_lines()[0].get_xdata()[-1] == 410
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rows": []}, {"seq_len": 2048}, {"chunk_size": 1024}, {"sequences": 8}]
+)
+def test_a_benchmark_of_other_steps_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    group = one_group(["megalodon*"], folder)
+    with pytest.raises(UserError, match="megalodon_7: the benchmark has no such step: mo"):
+        compare(group, group, timing(**changes))
 
 
 def test_seconds_and_memory_of_unlike_runs_are_left_out(tmp_path: Path) -> None:
