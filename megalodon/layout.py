@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .cache import MegalodonCache
 from .ops.cema import BLOCK, CEMAStepCoefficients
 from .ops.segments import Segments, build_segments
+from .time_parallel import TimeGroup
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Layout:
     return_state: whether the states after the last token are wanted.
     fused: whether attention runs by PyTorch's fused operation.
     kept: the cache's, where one further token is decoded; else ``None``.
+    time: the processes that share the sequence; ``None`` for this one alone.
     """
 
     rotary: Tensor
@@ -29,6 +31,7 @@ class Layout:
     return_state: bool
     fused: bool
     kept: dict[nn.Module, CEMAStepCoefficients] | None
+    time: TimeGroup | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device. accelerate calls it for each block, so that the blocks of
@@ -60,9 +63,12 @@ def read_layout(
     *,
     return_state: bool,
     fused: bool,
+    time: TimeGroup | None = None,
 ) -> Layout:
     """The layout of x (B, L, D). Raises ValueError for shapes that do not fit."""
     batch, length = x.shape[:2]
+    if time is not None:
+        time.check(x, chunk_size)
     mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
     lengths = None
     if cache is not None and cache.lengths is not None:
@@ -73,7 +79,7 @@ def read_layout(
     def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
         step = length == 1 and lengths is not None and segments is None
         kept = None if cache is None else cache.keep_for(step and not torch.is_grad_enabled())
-        return Layout(rotary, offset, segments, return_state, fused, kept)
+        return Layout(rotary, offset, segments, return_state, fused, kept, time)
 
     if mask is None and border is None:
         if length == 1 and lengths is not None and uniform is None and return_state:
@@ -86,6 +92,11 @@ def read_layout(
             places = torch.arange(start, start + length, device=x.device) % chunk_size
             return layout(rotary[places], start)
 
+    if time is not None:
+        raise ValueError(
+            "padding and document borders (attention_mask, position_ids) are not served where "
+            "processes share a sequence along time"
+        )
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
     if border is None:

@@ -31,6 +31,7 @@ from .modules import (
 )
 from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table
 from .ops.elementwise import swiglu
+from .time_parallel import TimeGroup
 
 
 class MegalodonBlock(GradientCheckpointingLayer):
@@ -182,8 +183,17 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.layers = nn.ModuleList(MegalodonBlock(config, i) for i in range(config.num_layers))
         self.final_norm = MegalodonTimestepNorm(config)
         self.gradient_checkpointing = False
+        self.time_group: TimeGroup | None = None
         self._rotary_tables: dict[torch.device, Tensor] = {}
         self.post_init()
+
+    def set_time_group(self, group: TimeGroup | None) -> None:
+        """Share each sequence with other processes along time, from now on: the process of rank r
+        in the group gives the r-th part as `input_ids`, and gets the logits of that part, and
+        gradients as if the losses of all were added up. Parts are as long as each other, of whole
+        chunks, without padding or borders of documents, and no state goes in or out. ``None``:
+        alone again."""
+        self.time_group = group
 
     @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
@@ -242,8 +252,11 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 )
             cache.check(self.config, x.shape[0])
             cache.leave_inference_mode()
+        if self.time_group is not None and (cache is not None or use_cache):
+            raise ValueError("use_cache: no state goes in or out where processes share a sequence")
         if use_cache is None:
-            use_cache = cache is not None or (self.config.use_cache and not self.training)
+            wanted = self.config.use_cache and not self.training and self.time_group is None
+            use_cache = cache is not None or wanted
         if use_cache and cache is None:
             cache = MegalodonCache(self.config)
         layout = read_layout(
@@ -255,6 +268,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             self.config.chunk_size,
             return_state=bool(use_cache),
             fused=implementation == "sdpa",
+            time=self.time_group,
         )
         before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
         norm_state = None if cache is None else cache.final_norm
@@ -333,6 +347,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         self.register_load_state_dict_post_hook(_forgive_tied_weight)
         self.post_init()
 
+    def set_time_group(self, group: TimeGroup | None) -> None:
+        """See :meth:`MegalodonModel.set_time_group`."""
+        self.model.set_time_group(group)
+
     @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
         self,
@@ -379,6 +397,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         logits = self.lm_head(x[:, keep])
         loss = None
         if labels is not None:
+            if self.model.time_group is not None:
+                raise ValueError(
+                    "labels: the last of a part is another process's first; where processes share "
+                    "a sequence, take the loss from the logits"
+                )
             if labels.shape != x.shape[:2]:
                 raise ValueError(
                     f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}"

@@ -127,6 +127,8 @@ class ExperimentConfig(BaseModel):
     use_autocast: bool = True  # bfloat16
     compile: Literal[True, False, "auto"] = "auto"
     gradient_checkpointing: bool = False
+    shard: bool = False  # torchrun: weights, gradients and moments are spread over the processes
+    chunk_parallel: Count = 1  # torchrun: so many processes share each sequence along time
 
     # Intervals, in steps
     validate_every: Interval = 100
@@ -156,6 +158,16 @@ class ExperimentConfig(BaseModel):
             raise ValueError(
                 f"dim={self.dim}: must be a multiple of heads={self.heads}, and "
                 f"dim_head={self.dim_head} even, since RoPE rotates pairs"
+            )
+        if self.chunk_parallel > 1 and self.model == "llama":
+            raise ValueError(
+                f"chunk_parallel={self.chunk_parallel}: a Llama attends to a whole sequence, whose "
+                "parts cannot run side by side; use shard or gradient_checkpointing"
+            )
+        if self.chunk_parallel > 1 and self.seq_len % (self.chunk_parallel * self.chunk_size):
+            raise ValueError(
+                f"chunk_parallel={self.chunk_parallel}: seq_len={self.seq_len} must be that many "
+                f"parts of whole chunks of chunk_size={self.chunk_size}"
             )
         if self.min_lr and not (self.schedule == "cosine" and self.min_lr <= self.learning_rate):
             raise ValueError(

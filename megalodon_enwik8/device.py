@@ -77,6 +77,11 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, known) or "can't allocate memory" in str(error)
 
 
+def lost_another_process(error: BaseException) -> bool:
+    """Whether a collective operation says so; gloo has no type of its own for it."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"

@@ -28,6 +28,7 @@ from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.data import Bytes, load_corpus
 from megalodon_enwik8.device import autocast, choose_device, device_name, peak_memory_bytes
+from megalodon_enwik8.distributed import World
 from megalodon_enwik8.models import byte_losses, keeps_a_state, new_state, restore_model
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 
@@ -79,16 +80,18 @@ def evaluate(
     *,
     use_autocast: bool,
     stop: Callable[[], bool] = never,
+    world: World | None = None,
 ) -> float | None:
     """Mean loss in nats per byte over `windows` (count, L + 1) int64; the first byte is given.
-    None where `stop` says so before the end."""
+    None where `stop` says so before the end. In a world of several each reads its share."""
+    world = world or World(windows.device)
     total, length = torch.zeros((), dtype=torch.float64), windows.size(1) - 1
     with reading(model):
-        for batch in windows.split(max(1, TOKENS_PER_BATCH // length)):
+        for batch, counts in world.share(windows.split(max(1, TOKENS_PER_BATCH // length))):
             if stop():
                 return None
-            total += _losses(model, batch, use_autocast).sum().cpu().double()
-    return total.item() / (windows.size(0) * length)
+            total += counts * _losses(model, batch, use_autocast).sum().cpu().double()
+    return world.sum(total).item() / (windows.size(0) * length)
 
 
 class Score:
@@ -109,6 +112,11 @@ class Score:
         columns = losses.cpu().double().sum(0).numpy()
         self.predicted += losses.shape[0] * np.bincount(where, minlength=len(RANGE_ENDS))
         self.total += np.bincount(where, weights=columns, minlength=len(RANGE_ENDS))
+
+    def gather(self, world: World) -> None:
+        """Add up what all processes scored."""
+        for sums in (self.predicted, self.total):
+            world.sum(torch.from_numpy(sums))
 
     @property
     def loss(self) -> float:
@@ -141,25 +149,30 @@ def score_windows(
     use_autocast: bool,
     progress: bool = False,
     stop: Callable[[], bool] = never,
+    world: World | None = None,
 ) -> Score | None:
     """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes.
 
     Of each window but the first only the last `stride` bytes count, so that each of them sees at
     least context - stride bytes; stride = context gives windows side by side. The last window may
-    be shorter, and one that is longer than the text is the text. None where `stop` says so.
+    be shorter, and one that is longer than the text is the text. None where `stop` says so. In a
+    world of several each reads its share.
     text: at least 2 bytes. 1 <= stride <= context.
     """
+    world = world or World(torch.device("cpu"))
     score, predicted = Score(), len(text) - 1
     length = min(context, predicted)
     ends = list(range(length, predicted + 1, stride))
     batches = _in_batches(ends, max(1, TOKENS_PER_BATCH // length))
     bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
     with bar, reading(model):
-        for batch in batches:
+        for batch, counts in world.share(batches):
             if stop():
                 return None
             rows = _stack(text, [end - length for end in batch], length)
             losses = _losses(model, rows, use_autocast)
+            if not counts:
+                continue
             if batch[0] == length:  # the first window counts whole
                 score.add(losses[:1], 1)
                 losses = losses[1:]
@@ -169,7 +182,9 @@ def score_windows(
         if rest:
             start = ends[-1] + stride - length
             losses = _losses(model, _stack(text, [start], predicted - start), use_autocast)
-            score.add(losses[:, -rest:], losses.shape[1] - rest + 1)
+            if world.is_main:
+                score.add(losses[:, -rest:], losses.shape[1] - rest + 1)
+    score.gather(world)
     return score
 
 

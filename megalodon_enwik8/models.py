@@ -191,7 +191,7 @@ def new_state(model: PreTrainedModel) -> MegalodonCache:
 
 
 def byte_losses(
-    model: PreTrainedModel, batch: torch.Tensor, state: MegalodonCache | None = None
+    model: nn.Module, batch: torch.Tensor, state: MegalodonCache | None = None
 ) -> torch.Tensor:
     """Cross-entropy of each byte of batch[:, 1:] given what precedes, in nats: float32 (B, L).
 

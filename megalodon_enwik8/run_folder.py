@@ -147,6 +147,23 @@ class RunFolder:
         return path
 
 
+class WatchedFolder(RunFolder):
+    """The folder to a process that leaves all writing to another."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(Path(path), ExitStack())
+
+    def begin(self, *args: object) -> None: ...
+
+    def log(self, row: Row) -> None: ...
+
+    def save(self, name: str, checkpoint: Checkpoint) -> Path:
+        return self.file(name)
+
+    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> Path:
+        return self.path
+
+
 @contextmanager
 def open_run(path: str | Path, *, may_hold_a_run: bool) -> Iterator[RunFolder]:
     """Create the folder if need be and hold it while the block runs.

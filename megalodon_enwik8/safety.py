@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -52,11 +54,15 @@ def run_main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except (MemoryError, RuntimeError) as error:
-        from megalodon_enwik8.device import ran_out_of_memory
+        from megalodon_enwik8.device import lost_another_process, ran_out_of_memory
 
-        if not ran_out_of_memory(error):
+        if ran_out_of_memory(error):
+            code = _say(f"out of memory: {out_of_memory}")
+        elif lost_another_process(error):
+            time.sleep(2)  # who failed speaks first
+            code = _say("another process of this run died or hangs, and all end with it")
+        else:
             raise
-        code = _say(f"out of memory: {out_of_memory}")
     except OSError as error:
         if error.errno is None:  # not of the system
             raise
@@ -65,7 +71,27 @@ def run_main(
     sys.exit(code)
 
 
+def launched() -> bool:
+    """Whether torchrun started this process, as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _first_to_say() -> bool:
+    """Whether none of the processes that torchrun started has said what is wrong: they mostly make
+    the same mistake, and one that fails takes the others with it."""
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"said after {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    except DistError:
+        return True
+
+
 def _say(message: str) -> int:
+    if launched() and not _first_to_say():
+        return 2
     line = " ".join(message.split())
     # A file name may hold control characters, which would reach the terminal.
     print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
@@ -179,7 +205,8 @@ class StopRequest:
     The second one ends the process at once, as it does without a handler, unless it is another
     SIGHUP: a shell that dies with its terminal hangs up its jobs twice. A signal that the process
     was started to ignore (as behind nohup) stays ignored. Outside the main thread, where Python
-    cannot set handlers, nothing changes.
+    cannot set handlers, nothing changes. Under torchrun, which kills who does not end within half
+    a minute, a second one changes nothing.
     """
 
     def __init__(self) -> None:
@@ -211,7 +238,10 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         for handled in self._before:
-            signal.signal(handled, signal.SIG_IGN if handled == _HANG_UP else signal.SIG_DFL)
+            ignored = handled == _HANG_UP or launched()
+            signal.signal(handled, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        if os.environ.get("RANK", "0") != "0":
+            return
         # print() may be what the signal interrupted, and cannot be entered twice; and nobody may
         # be left to read (`2>&1 | tee` dies of the same Ctrl-C).
         with contextlib.suppress(OSError):

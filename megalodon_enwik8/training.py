@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ from megalodon_enwik8.device import (
     peak_memory_bytes,
     processor_name,
 )
+from megalodon_enwik8.distributed import World, join, restarted, spread_like, whole
 from megalodon_enwik8.evaluation import bits_per_byte, evaluate, score_windows
 from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
 from megalodon_enwik8.models import (
@@ -47,7 +49,7 @@ from megalodon_enwik8.models import (
     decoder_layers,
     load_weights,
 )
-from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, open_run
+from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
 from megalodon_enwik8.safety import StopRequest, UserError
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
@@ -58,7 +60,7 @@ FREE_ON_RESUME = frozenset(
         "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
         "compile", "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation",
         "save_every", "keep_last", "keep_best", "generate_every", "generate_prompt_len",
-        "generate_length", "temperature", "min_p",
+        "generate_length", "temperature", "min_p", "shard", "chunk_parallel",
     }
 )  # fmt: skip
 
@@ -74,41 +76,61 @@ def train(
     """
     keep_freed_memory()
     device = choose_device()
-    here = Path(config.run_dir).resolve()
-    goes_on_here = resume is not None and (
-        resume == NEWEST or Path(resume).resolve().parent == here
-    )
-    with open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here) as folder:
-        found = folder.find_checkpoint(resume) if resume is not None else None
-        if config.seed < 0:
-            seed = secrets.randbelow(2**31) if found is None else found[0].experiment(found[1]).seed
-            config = config.model_copy(update={"seed": seed})
-            print(f"seed={seed}: drawn, since the config leaves it open", flush=True)
-        if found is not None:
-            check_resumable(*found, config)
-        corpus = load_corpus(config.data_path, config.data_bytes)
-        check_length(corpus, config.seq_len)
-        model = build_model(config)
-        model.to(device)  # type: ignore[arg-type]
-        trainer = Trainer(config, folder, corpus, model, make_optimizer(model, config))
-        if found is not None:
-            trainer.restore(*found)
-        elif resume is not None:
-            print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
-        compiled = compile_layers(model, config)
-        print(describe(config, model, corpus, device, compiled), flush=True)
-        environment = {
-            "corpus": {
-                "name": corpus.name,
-                "sha256": corpus.sha256,
-                "train_bytes": len(corpus.train),
-                "val_bytes": len(corpus.val),
-            },
-            "parameters": count_parameters(model),
-        }
-        session = describe_session(device, compiled, trainer.step)
-        folder.begin(config, environment, session, None if found is None else found[1])
-        return trainer.run()
+    with join(device, config.chunk_parallel) as world:
+        world.check(config)
+        if restarted():
+            resume, overwrite = NEWEST, False
+        here = Path(config.run_dir).resolve()
+        goes_on_here = resume is not None and (
+            resume == NEWEST or Path(resume).resolve().parent == here
+        )
+        with ExitStack() as stack:
+            folder: RunFolder = WatchedFolder(config.run_dir)
+            if world.is_main:
+                opened = open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here)
+                folder = stack.enter_context(opened)
+            world.wait()
+            return _train(config, folder, world, resume)
+
+
+def _train(
+    config: ExperimentConfig, folder: RunFolder, world: World, resume: str | Path | None
+) -> int:
+    device = world.device
+    found = folder.find_checkpoint(resume) if resume is not None else None
+    if config.seed < 0:
+        seed = world.from_main(secrets.randbelow(2**31))
+        seed = seed if found is None else found[0].experiment(found[1]).seed
+        config = config.model_copy(update={"seed": seed})
+        print(f"seed={seed}: drawn, since the config leaves it open", flush=True)
+    if found is not None:
+        check_resumable(*found, config)
+    corpus = load_corpus(config.data_path, config.data_bytes)
+    check_length(corpus, config.seq_len)
+    model = build_model(config)
+    if found is not None:
+        load_weights(model, *found)
+    model.to(device)  # type: ignore[arg-type]
+    compiled = compile_layers(model, config)
+    trainer = Trainer(config, folder, corpus, model, world)
+    if found is not None:
+        trainer.restore(*found)
+    elif resume is not None:
+        print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
+    print(describe(config, model, corpus, device, compiled, world), flush=True)
+    environment = {
+        "corpus": {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "train_bytes": len(corpus.train),
+            "val_bytes": len(corpus.val),
+        },
+        "parameters": count_parameters(model),
+    }
+    session = describe_session(device, compiled, trainer.step, world)
+    world.wait()  # all have read what begin() may rename
+    folder.begin(config, environment, session, None if found is None else found[1])
+    return trainer.run()
 
 
 def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.optim.Optimizer:
@@ -133,12 +155,14 @@ def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.op
 
 
 def train_step(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: torch.Tensor,
     config: ExperimentConfig,
+    world: World | None = None,
 ) -> tuple[float, float]:
-    """One step on `batch` (sequences, L + 1) int64, `config.batch_size` sequences at a time.
+    """One step on `batch` (sequences, L + 1) int64, `config.batch_size` sequences at a time: all of
+    the step's, or this process's share in a world of several.
 
     Each micro-batch runs its own backward on its share of the mean, so the gradient is that of
     the whole batch at the memory of one micro-batch. Returns the mean loss in nats per byte and
@@ -146,13 +170,17 @@ def train_step(
     are.
     """
     device = batch.device
+    world = world or World(device)
     loss = torch.zeros((), device=device)
-    for micro_batch in batch.split(config.batch_size):
-        with autocast(device, config.use_autocast):
-            share = byte_losses(model, micro_batch).sum() / batch[:, 1:].numel()
-        share.backward()
+    micro_batches = batch.split(config.batch_size)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        with world.backward_of(model, last=number == len(micro_batches)):
+            with autocast(device, config.use_autocast):
+                share = byte_losses(model, micro_batch).sum() / batch[:, 1:].numel()
+            share.backward()
         loss += share.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm))
+    loss = world.sum(loss) / world.size
     mean_loss, grad_norm = torch.stack([loss, norm]).tolist()  # the step's only wait for the device
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
         optimizer.step()
@@ -178,14 +206,15 @@ class Trainer:
         folder: RunFolder,
         corpus: Corpus,
         model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
+        world: World,
     ) -> None:
         self.config = config
         self.folder = folder
         self.corpus = corpus
         self.model = model
-        self.optimizer = optimizer
-        self.device = next(model.parameters()).device
+        self.world = world
+        self.learner = world.distribute(model, config)
+        self.optimizer = make_optimizer(model, config)
         self.windows = validation_windows(
             corpus.val,
             count=config.val_batches,
@@ -194,14 +223,21 @@ class Trainer:
         )
         self.step = 0  # steps done
         self.progress = Progress()
-        self.stop = StopRequest()
+        self.stop_request = StopRequest()
+
+    def stop(self) -> bool:
+        """Whether a signal has come, to any process of the run: all ask at the same places."""
+        self.stop_request()
+        self.stop_request.signal_number = self.world.largest(self.stop_request.signal_number)
+        return self.stop_request.signal_number != 0
 
     def run(self) -> int:
         """The steps that remain, then the final validation. Returns the exit code."""
         config, stop = self.config, self.stop
-        bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=None)
+        seen = None if self.world.is_main else True
+        bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=seen)
         self.model.train()
-        with bar, stop:
+        with bar, self.stop_request:
             while self.step < config.num_batches and not stop():
                 row: Row = {"step": self.step}
                 if _due(self.step, config.validate_every):
@@ -229,7 +265,7 @@ class Trainer:
             f"python train.py --config {path} --resume",
             flush=True,
         )
-        return 128 + stop.signal_number
+        return 128 + self.stop_request.signal_number
 
     def train_one_step(self) -> Row:
         """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
@@ -242,10 +278,13 @@ class Trainer:
             step=step,
             batch_size=config.sequences_per_step,
             seq_len=config.seq_len,
+            rows=self.world.rows(config.sequences_per_step),
         )
+        batch = self.world.part(batch).to(self.world.device)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        loss, grad_norm = train_step(self.model, self.optimizer, batch.to(self.device), config)
+        with self.world.sharing_time(self.model):
+            loss, grad_norm = train_step(self.learner, self.optimizer, batch, config, self.world)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not finite and config.on_nonfinite == "stop":
             raise UserError(
@@ -267,13 +306,19 @@ class Trainer:
             "tokens": self.step * config.tokens_per_step,
             "tokens_per_second": config.tokens_per_step / seconds,
             "seconds": self.progress.seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
         }
 
     def validate(self, bar: tqdm[NoReturn]) -> Row:
         """The loss on the fixed windows; keeps the weights if they are the best so far."""
         config = self.config
-        loss = evaluate(self.model, self.windows, use_autocast=config.use_autocast, stop=self.stop)
+        loss = evaluate(
+            self.model,
+            self.windows,
+            use_autocast=config.use_autocast,
+            stop=self.stop,
+            world=self.world,
+        )
         if loss is None:
             return {}
         if not math.isfinite(loss):
@@ -283,7 +328,7 @@ class Trainer:
             )
         # Without the file the best loss is another folder's, whose checkpoint was resumed here.
         best = self.progress.best_val_loss if self.folder.file("best.pt").exists() else math.inf
-        if config.keep_best and loss < best:
+        if self.world.largest(config.keep_best and loss < best):
             self.progress.best_val_loss = loss
             self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
         row = {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
@@ -326,6 +371,7 @@ class Trainer:
                 stride=config.seq_len,
                 use_autocast=config.use_autocast,
                 stop=self.stop,
+                world=self.world,
             )
             if score is not None:
                 row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
@@ -340,7 +386,7 @@ class Trainer:
             "tokens": self.step * config.tokens_per_step,
             "seconds": self.progress.seconds,
             "skipped_steps": self.progress.skipped_steps,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
         }
         self.folder.log(row)
         _say(bar, f"final weights: {self.folder.file('final.pt')}")
@@ -351,23 +397,24 @@ class Trainer:
             step=self.step,
             corpus_sha256=self.corpus.sha256,
             progress=asdict(self.progress),
-            model_state=self.model.state_dict(),
-            optimizer_state=self.optimizer.state_dict() if with_optimizer else None,
+            model_state=whole(self.model.state_dict()),
+            optimizer_state=whole(self.optimizer.state_dict()) if with_optimizer else None,
         )
 
     def restore(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Go on where `checkpoint`, read from `path`, was made."""
+        """Go on where `checkpoint`, read from `path`, was made; the model has its weights."""
         if checkpoint.corpus_sha256 != self.corpus.sha256:
             raise UserError(
                 f"{path}: trained on another text than data_path={self.config.data_path} "
                 f"(SHA-256 {checkpoint.corpus_sha256[:16]}..., here {self.corpus.sha256[:16]}...)"
             )
-        load_weights(self.model, checkpoint, path)
         try:
             state = checkpoint.optimizer_state or {}
             # The moments of a saved optimizer; its settings are those of this run's config.
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            moments = {i: spread_like(parameters[i], each) for i, each in state["state"].items()}
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             for parameter, moments in self.optimizer.state.items():
                 shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq")]
                 if shapes != [parameter.shape] * 2 or not float(moments["step"]) > 0:
@@ -430,6 +477,7 @@ def describe(
     corpus: Corpus,
     device: torch.device,
     compiled: str,
+    world: World,
 ) -> str:
     """The lines that open a run's output."""
     layers, total = decoder_layers(model), count_parameters(model)
@@ -442,14 +490,24 @@ def describe(
         f"{len(corpus.val):,} to validate",
         "step": f"{config.sequences_per_step} sequences x {config.seq_len} bytes "
         f"({config.batch_size} at a time), {config.num_batches} steps",
-        "device": f"{device_name(device)}, {precision}",
+        "device": f"{device_name(device)}, {precision}{_shares(world, config)}",
         "compile": compiled,
         "folder": config.run_dir,
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
-def describe_session(device: torch.device, compiled: str, step: int) -> dict[str, Any]:
+def _shares(world: World, config: ExperimentConfig) -> str:
+    """How several processes share the work."""
+    if world.size == 1:
+        return ""
+    how = f"{world.along_data[1]} x {world.along_time[1]} along time"
+    return f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
+
+
+def describe_session(
+    device: torch.device, compiled: str, step: int, world: World
+) -> dict[str, Any]:
     """What may differ each time a run is resumed, for environment.json."""
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -464,6 +522,7 @@ def describe_session(device: torch.device, compiled: str, step: int) -> dict[str
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "compile": compiled,
+        "processes": world.size,
     }
 
 

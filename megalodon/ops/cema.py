@@ -158,6 +158,31 @@ def _final_state(
     return added + torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
 
 
+@without_autocast
+def cema_summary(x: Tensor, c: CEMACoefficients) -> Tensor:
+    """The state (B, D, N, 2) that x (B, L, D) leaves from zero: in blocks, as in :func:`cema`."""
+    block = min(BLOCK, x.shape[1])
+    x = F.pad(x, (0, 0, -x.shape[1] % block, 0))  # zeros in front leave nothing
+    blocks = x.unflatten(1, (-1, block)).to(c.p.dtype)  # (B, M, T, D)
+    steps = torch.arange(block - 1, -1, -1, device=x.device).view(-1, 1, 1)
+    powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
+    sums = torch.einsum("bmtd,tdnc->mbdnc", blocks, powers * c.p.unsqueeze(-1))
+    return fold_states(sums, c, block, len(sums))
+
+
+def fold_states(parts: Tensor, c: CEMACoefficients, length: int, count: int) -> Tensor:
+    """The state (B, D, N, 2) after the first `count` of M parts of `length` steps, which leave the
+    states `parts` (M, B, D, N, 2) from zero: the sum of q^((count - 1 - m) length) parts_m. The
+    other parts get a gradient as well, of zero."""
+    ages = count - 1 - torch.arange(len(parts), device=parts.device)
+    counts = (ages >= 0).view(-1, 1, 1).to(parts.dtype)
+    exponents = ages.clamp(min=0).view(-1, 1, 1)
+    w_re, w_im = complex_power(c.log_rho, c.turns, exponents, scale=length)  # (M, D, N)
+    w_re, w_im = (counts * w_re).unsqueeze(1), (counts * w_im).unsqueeze(1)
+    re, im = parts.unbind(-1)
+    return torch.stack([w_re * re - w_im * im, w_re * im + w_im * re], dim=-1).sum(0)
+
+
 class CEMAStepCoefficients(NamedTuple):
     """What the steps of a decoding have in common. p, q: complex (D, N); read: (D, 2N), real and
     imaginary parts alternating; omega: (D,)."""

@@ -157,6 +157,28 @@ def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.vecdot(centred, centred) / size
 
 
+@without_autocast
+def part_statistics(x: Tensor, num_groups: int) -> Tensor:
+    """Mean and population variance of each group of x (B, L, D) over all its steps: (2, B, G), in
+    :func:`statistics_dtype`."""
+    step_mean, step_var = _step_statistics(x.unflatten(-1, (num_groups, -1)).to(wide_dtype(x)))
+    step_mean, step_var = (t.to(statistics_dtype(x)) for t in (step_mean, step_var))
+    var, mean = torch.var_mean(step_mean, 1, correction=0)
+    return torch.stack([mean, step_var.mean(1) + var])
+
+
+def merge_parts(parts: Tensor, count: int, length: int) -> TimestepNormState:
+    """The state after the first `count` of parts (K, 2, B, G), each of `length` steps (Chan et al.
+    1983). The others get a gradient as well, of zero."""
+    weight = (torch.arange(len(parts), device=parts.device) < count).to(parts.dtype)
+    weight = (weight / max(count, 1)).view(-1, 1, 1)
+    means, variances = parts.unbind(1)
+    mean = (weight * means).sum(0)
+    var = (weight * (variances + (means - mean).square())).sum(0)
+    steps = torch.full((parts.shape[2],), count * length, device=parts.device)
+    return TimestepNormState(steps, mean, var)
+
+
 def _spread(x: Tensor, size: int) -> Tensor:
     """(B, L, G) -> (B, L, G, size), each number written out for its group: operations then run
     over contiguous memory, which broadcasting over a short last axis would not."""

@@ -28,11 +28,12 @@ from megalodon_enwik8 import run_folder, training
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig, load_config
 from megalodon_enwik8.data import Corpus
+from megalodon_enwik8.distributed import World
 from megalodon_enwik8.evaluation import score_windows
 from megalodon_enwik8.models import build_model
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.safety import UserError
-from megalodon_enwik8.training import FREE_ON_RESUME, Trainer, make_optimizer, train
+from megalodon_enwik8.training import FREE_ON_RESUME, Trainer, train
 
 from .endings import Crash, assert_same_ending, checkpoints_of, ending
 
@@ -541,7 +542,7 @@ def test_saving_every_100_steps_costs_less_than_one_percent_of_the_training(
     corpus = Corpus("random", text[:900_000], text[900_000:], "")
     model = build_model(config)
     folder = RunFolder(tmp_path, ExitStack())
-    trainer = Trainer(config, folder, corpus, model, make_optimizer(model, config))
+    trainer = Trainer(config, folder, corpus, model, World(torch.device("cpu")))
     model.train()
     steps, saves = [], []
     for _ in range(5):

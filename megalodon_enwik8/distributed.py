@@ -1,0 +1,202 @@
+"""The processes of a run, which torchrun starts, and what each of them does.
+
+Every process trains on its share of a step's sequences, or along time on its part of each; the
+gradients are averaged over all, once a step. PyTorch does the work: DistributedDataParallel,
+fully_shard, a DeviceMesh. One process alone is a world of one, in which nothing of it happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from megalodon.time_parallel import TimeGroup
+from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.models import decoder_layers
+from megalodon_enwik8.safety import UserError, launched
+
+HANG_S = 45.0
+"""How long a process waits for another before it takes it for lost."""
+
+T = TypeVar("T")
+
+
+class World:
+    """The processes of a run, as seen by this one: alone, unless `join` says else.
+
+    along_data, along_time: this one's place and how many there are, of those that share out
+    sequences, and of those that share each sequence out along time.
+    """
+
+    def __init__(
+        self, device: torch.device, rank: int = 0, size: int = 1, chunk_parallel: int = 1
+    ) -> None:
+        self.device, self.rank, self.size = device, rank, size
+        if size % chunk_parallel:
+            raise UserError(
+                f"chunk_parallel={chunk_parallel}: needs a multiple of {chunk_parallel} processes, "
+                f"as in torchrun --nproc_per_node={chunk_parallel}, and there "
+                f"{'is one' if size == 1 else f'are {size}'}"
+            )
+        self.along_data = (rank // chunk_parallel, size // chunk_parallel)
+        self.along_time = (rank % chunk_parallel, chunk_parallel)
+        self.time_group: TimeGroup | None = None
+        if chunk_parallel > 1:
+            shape = (size // chunk_parallel, chunk_parallel)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "time"))
+            self.time_group = TimeGroup(mesh["time"].get_group())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes, and says what there is to say."""
+        return self.rank == 0
+
+    def check(self, config: ExperimentConfig) -> None:
+        """Raise UserError unless all have one config, and the batch serves them all."""
+        first = self.from_main(config.used())
+        mine = [key for key, value in config.used().items() if first.get(key) != value]
+        unlike = [keys for keys in self._gather_objects(mine) if keys]
+        if unlike:
+            raise UserError(f"the processes have different configs: {', '.join(unlike[0])}")
+        if config.sequences_per_step % self.along_data[1]:
+            raise UserError(
+                f"batch_size x grad_accum_every={config.sequences_per_step}: must be a multiple of "
+                f"the {self.along_data[1]} processes that share the sequences of a step"
+            )
+        if config.shard and self.size == 1:
+            raise UserError("shard=true: has nobody to share with; start it with torchrun")
+
+    def rows(self, sequences: int) -> range:
+        """This process's sequences, of those of a step."""
+        place, count = self.along_data
+        share = sequences // count
+        return range(place * share, (place + 1) * share)
+
+    def part(self, batch: torch.Tensor) -> torch.Tensor:
+        """This process's part of sequences (B, L + 1) along time, with the byte after it."""
+        place, count = self.along_time
+        length = (batch.shape[1] - 1) // count
+        return batch[:, place * length : (place + 1) * length + 1]
+
+    def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """This process's share of items that all have, and whether it counts: each gets as many,
+        since a sharded model runs in all of them or in none."""
+        for start in range(0, len(items), self.size):
+            mine = start + self.rank
+            yield items[min(mine, len(items) - 1)], mine < len(items)
+
+    def distribute(self, model: PreTrainedModel, config: ExperimentConfig) -> torch.nn.Module:
+        """What trains `model` with all others: a wrapper, or with `shard` the model itself."""
+        if self.size == 1:
+            return model
+        if not config.shard:
+            return DistributedDataParallel(model)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh)
+        return cast(torch.nn.Module, fully_shard(model, mesh=mesh))
+
+    def backward_of(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Around a forward and backward: gradients are averaged after the last of a step alone."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        elif isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    @contextmanager
+    def sharing_time(self, model: PreTrainedModel) -> Iterator[None]:
+        """While the block runs, sequences come in parts."""
+        if self.time_group is None:
+            yield
+            return
+        model.set_time_group(self.time_group)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.set_time_group(None)  # type: ignore[operator]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Over all."""
+        if self.size > 1:
+            total = x.to(self.device)
+            dist.all_reduce(total)
+            x.copy_(total)
+        return x
+
+    def largest(self, number: int) -> int:
+        """Over all."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def from_main(self, value: T) -> T:
+        """What the first process has."""
+        return self._gather_objects(value)[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.largest(0)
+
+    def _gather_objects(self, value: T) -> list[T]:
+        found: list[Any] = [value]
+        if self.size > 1:
+            found *= self.size
+            dist.all_gather_object(found, value)
+        return found
+
+
+@contextmanager
+def join(device: torch.device, chunk_parallel: int = 1) -> Iterator[World]:
+    """The world of this process, while the block runs. All but the first say nothing."""
+    if not launched():
+        yield World(device, chunk_parallel=chunk_parallel)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
+    try:
+        with open(os.devnull, "w") as nowhere:
+            rank = dist.get_rank()
+            with contextlib.redirect_stdout(nowhere) if rank else nullcontext():
+                yield World(device, rank, dist.get_world_size(), chunk_parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started the run anew, since a process was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def whole(state: Any) -> Any:
+    """Nested dicts of tensors, with those that are spread over processes put together."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return state.full_tensor() if isinstance(state, DTensor) else state
+
+
+def spread_like(parameter: torch.Tensor, moments: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """An optimizer's numbers for a parameter, spread over the processes as it is."""
+    if not isinstance(parameter, DTensor):
+        return moments
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return {
+        name: distribute_tensor(value, mesh, placements) if value.dim() else value
+        for name, value in moments.items()
+    }
