@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -162,21 +162,24 @@ class World:
 
 @contextmanager
 def join(device: torch.device, chunk_parallel: int = 1) -> Iterator[World]:
-    """The world of this process, while the block runs. All but the first say nothing."""
-    if not launched():
-        yield World(device, chunk_parallel=chunk_parallel)
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
+    """The world of this process, while the block runs: of those that torchrun started, or that a
+    caller has put into a process group. All but the first say nothing."""
+    joined = dist.is_initialized()
+    if not joined and launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        with open(os.devnull, "w") as nowhere:
-            rank = dist.get_rank()
-            with contextlib.redirect_stdout(nowhere) if rank else nullcontext():
-                yield World(device, rank, dist.get_world_size(), chunk_parallel)
+        with ExitStack() as stack:
+            if rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield World(device, rank, size, chunk_parallel)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized() and not joined:
+            dist.destroy_process_group()
 
 
 def restarted() -> bool:

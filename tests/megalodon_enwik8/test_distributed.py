@@ -1,0 +1,244 @@
+"""A run under torchrun is the run of one process; and it ends, or goes on, when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalodon_enwik8.checkpoint import load_checkpoint
+from megalodon_enwik8.config import load_config
+from megalodon_enwik8.safety import UserError
+from megalodon_enwik8.training import train
+from tests.processes import ROOT, outcome, torchrun
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+TINY = """
+model: megalodon
+model_dim: 32
+num_layers: 2
+num_heads: 2
+z_dim: 16
+value_dim: 32
+ffn_hidden_dim: 48
+cema_ndim: 4
+chunk_size: 16
+norm_num_groups: 8
+data_path: text
+seq_len: 64
+num_batches: 5
+batch_size: 1
+grad_accum_every: 8
+learning_rate: 0.001
+optimizer: adamw
+use_autocast: false
+compile: false
+validate_every: 2
+val_batches: 300
+save_every: 3
+keep_best: true
+generate_every: 4
+generate_prompt_len: 8
+generate_length: 8
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a text and its config lie, as the working directory."""
+    words = (ROOT / "LICENSE").read_text().split()
+    (tmp_path / "text").write_text(" ".join(words * 100))
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def launch(folder: Path, count: int, *arguments: object, options: Any = ()) -> Any:
+    script = ROOT / "train.py"
+    command = ("--config", "tiny.yaml", *arguments)
+    return torchrun(count, script, *command, options=options, cwd=folder)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Losses, norms, samples and final weights, but for the order of sums."""
+    a, b = rows(ours), rows(theirs)
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for key in ("train_loss", "val_loss", "full_val_loss", "grad_norm"):
+        pairs = [(x[key], y[key]) for x, y in zip(a, b, strict=True) if key in y]
+        assert pairs or key == "full_val_loss"
+        for x, y in pairs:
+            assert x == pytest.approx(y, rel=1e-5)
+    assert [row.get("sample") for row in a] == [row.get("sample") for row in b]
+    ours_end, theirs_end = (load_checkpoint(run / "final.pt").model_state for run in (ours, theirs))
+    assert list(ours_end) == list(theirs_end)
+    assert_same_weights(ours_end, theirs_end)
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """By their norms: Adam makes a whole step of the sign of a gradient that is nearly 0."""
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-6, name
+
+
+def test_two_processes_train_as_one(folder: Path) -> None:
+    """Data parallel, sharded, and along time; and what one layout saved another resumes."""
+    assert train(load_config("tiny.yaml", ["run_dir=one"])) == 0
+    jobs = ["data:batch_size=4,grad_accum_every=2", "time:chunk_parallel=2", "shard:shard=true"]
+    # The first three steps sharded, the others along time.
+    jobs += ["both:shard=true,num_batches=3,full_validation=false"]
+    jobs += ["both/resumed:chunk_parallel=2,num_batches=5"]
+    code, said = outcome(torchrun(2, WORKER, "tiny.yaml", *jobs, cwd=folder))
+    assert code == 0, said
+    assert said.count("final weights:") == 5  # the first process alone speaks
+    assert "2 processes (1 x 2 along time)" in said
+    for name in ("data", "time", "shard"):
+        assert_same_run(folder / name, folder / "one")
+    ends = [load_checkpoint(folder / name / "final.pt").model_state for name in ("both", "one")]
+    assert_same_weights(*ends)
+
+
+@pytest.mark.slow
+def test_four_processes_share_sequences_and_time(folder: Path) -> None:
+    assert train(load_config("tiny.yaml", ["run_dir=one"])) == 0
+    code, said = outcome(launch(folder, 4, "run_dir=four", "chunk_parallel=2"))
+    assert code == 0, said
+    assert "4 processes (2 x 2 along time)" in said
+    assert_same_run(folder / "four", folder / "one")
+
+
+MISTAKES = {
+    "chunk_parallel=3": (2, "chunk_parallel=3: seq_len=64 must be that many parts of whole chunks"),
+    "chunk_parallel=2": (3, "chunk_parallel=2: needs a multiple of 2 processes"),
+    "grad_accum_every=7": (2, "batch_size x grad_accum_every=7: must be a multiple of the 2"),
+    "run_dir=there": (2, "there: holds a run already"),
+}
+
+
+@pytest.mark.parametrize(
+    "mistake", [next(iter(MISTAKES)), *(pytest.param(m, marks=pytest.mark.slow) for m in MISTAKES)]
+)
+def test_a_mistake_is_said_once(mistake: str, folder: Path) -> None:
+    (folder / "there").mkdir()
+    (folder / "there" / "config.yaml").touch()
+    count, message = MISTAKES[mistake]
+    code, said = outcome(launch(folder, count, mistake))
+    assert code != 0
+    assert [line for line in said.splitlines() if line.startswith("error:")] == [
+        line for line in said.splitlines() if f"error: {message}" in line or message in line
+    ]
+    assert said.count(message) == 1
+    assert "training.py" not in said  # no traceback of ours
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_are_refused(folder: Path) -> None:
+    script = folder / "unlike.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from train import main\n"
+        "from megalodon_enwik8.safety import run_main\n"
+        "rank = os.environ['RANK']\n"
+        "run_main(lambda: main(['--config', 'tiny.yaml', f'learning_rate=0.{rank}1']))\n"
+    )
+    code, said = outcome(torchrun(2, script, cwd=folder))
+    assert code != 0
+    assert said.count("error: the processes have different configs: learning_rate") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["shard=true"], "shard=true: has nobody to share with; start it with torchrun"),
+        (["chunk_parallel=2"], "needs a multiple of 2 processes, .* and there is one"),
+    ],
+)
+def test_one_process_alone_has_nobody_to_share_with(
+    folder: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(load_config("tiny.yaml", overrides))
+
+
+def test_a_llama_has_no_parts_along_time(folder: Path) -> None:
+    (folder / "llama.yaml").write_text("model: llama\n")
+    with pytest.raises(UserError, match=r"a Llama attends to a whole sequence, .* use shard"):
+        load_config("llama.yaml", ["chunk_parallel=2"])
+
+
+LONG = ("num_batches=40", "validate_every=0", "generate_every=0", "save_every=5")
+
+
+def lose_one(launcher: subprocess.Popen[str], run: Path, number: int = signal.SIGKILL) -> None:
+    """Send a signal to one of the processes once the run is under way."""
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoint_00000005.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[-1]), number)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_process_ends_all_and_one_alone_goes_on(folder: Path) -> None:
+    run = folder / "run"
+    launcher = launch(folder, 2, "run_dir=run", *LONG)
+    lose_one(launcher, run)
+    began = time.monotonic()
+    code, said = outcome(launcher)
+    assert code != 0
+    assert time.monotonic() - began < 60
+    assert "SIGKILL" in said  # torchrun names who died
+    command = [sys.executable, ROOT / "train.py", "--config", "run/config.yaml", "--resume"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    assert train(load_config("tiny.yaml", ["run_dir=one", *LONG])) == 0
+    assert_same_run(run, folder / "one")
+
+
+@pytest.mark.slow
+def test_a_restarted_run_goes_on_by_itself(folder: Path) -> None:
+    launcher = launch(folder, 2, "run_dir=run", *LONG, options=["--max-restarts=1"])
+    lose_one(launcher, folder / "run")
+    code, said = outcome(launcher)
+    assert code == 0, said
+    sessions = json.loads((folder / "run" / "environment.json").read_text())["sessions"]
+    assert [session["processes"] for session in sessions] == [2, 2]
+    assert train(load_config("tiny.yaml", ["run_dir=one", *LONG])) == 0
+    assert_same_run(folder / "run", folder / "one")
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_all_within_a_minute(folder: Path) -> None:
+    launcher = launch(folder, 2, "run_dir=run", *LONG)
+    lose_one(launcher, folder / "run", signal.SIGSTOP)
+    began = time.monotonic()
+    code, said = outcome(launcher)
+    assert code != 0
+    assert time.monotonic() - began < 60 + 30  # torchrun gives the one that hangs 30 s to end
+    assert said.count("error: another process of this run died or hangs") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_saves(number: int, folder: Path) -> None:
+    launcher = launch(folder, 2, "run_dir=run", *LONG, "num_batches=1000")
+    deadline = time.monotonic() + 120
+    while not list((folder / "run").glob("checkpoint_*5.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.send_signal(number)
+    _, said = outcome(launcher)
+    assert said.count("saving what is done") == 1
+    assert "all saved; go on with" in said
+    steps = [row["step"] for row in rows(folder / "run")]
+    assert (folder / "run" / f"checkpoint_{steps[-1] + 1:08d}.pt").exists()
