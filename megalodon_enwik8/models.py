@@ -49,10 +49,9 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
 
 
 def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
-    """The library's Megalodon: its keys have their names there, but for two."""
+    """The library's Megalodon: its own keys have their names there."""
     keys = [key for key in type(config).model_fields if model_of_key(key) == "megalodon"]
     values: dict[str, Any] = {key: getattr(config, key) for key in keys if key != "ablation"}
-    values["tie_word_embeddings"] = values.pop("share_emb")
     if config.init_mode == "fan_in":
         values["init_mode"] = "he"
     model = MegalodonForCausalLM(
