@@ -36,6 +36,11 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
     """The config's model, float32 on the CPU, its weights a pure function of the seed. Raises
     UserError for sizes that no such model can have."""
     torch.manual_seed(config.seed)
+    return draw_model(config)
+
+
+def draw_model(config: ExperimentConfig) -> PreTrainedModel:
+    """Likewise, its weights drawn from torch's generator as it stands."""
     try:
         build = build_llama if config.model == "llama" else build_megalodon
         model = build(config)
