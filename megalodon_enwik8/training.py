@@ -49,6 +49,7 @@ from megalodon_enwik8.models import (
 )
 from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, open_run
 from megalodon_enwik8.safety import StopRequest, UserError
+from megalodon_enwik8.tracking import check_tracker
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
 # of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
@@ -58,7 +59,7 @@ FREE_ON_RESUME = frozenset(
         "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
         "compile", "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation",
         "save_every", "keep_last", "keep_best", "generate_every", "generate_prompt_len",
-        "generate_length", "temperature", "min_p",
+        "generate_length", "temperature", "min_p", "tracker",
     }
 )  # fmt: skip
 
@@ -74,6 +75,7 @@ def train(
     """
     keep_freed_memory()
     device = choose_device()
+    check_tracker(config.tracker)
     here = Path(config.run_dir).resolve()
     goes_on_here = resume is not None and (
         resume == NEWEST or Path(resume).resolve().parent == here

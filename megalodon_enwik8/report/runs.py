@@ -24,7 +24,7 @@ FREE_KEYS = frozenset(
         "run_dir", "seed", "data_path", "data_bytes", "batch_size", "grad_accum_every", "compile",
         "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation", "save_every",
         "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
-        "temperature", "min_p",
+        "temperature", "min_p", "tracker",
     }
 )  # fmt: skip
 
