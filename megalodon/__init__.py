@@ -5,7 +5,7 @@ AutoModelForCausalLM, AutoTokenizer and pipelines.
 """
 
 # ruff: noqa: E402
-from .versions import warn_of_untested_versions
+from .versions import __version__, warn_of_untested_versions
 
 warn_of_untested_versions()  # before imports that another version may not have
 # isort: split
@@ -16,6 +16,7 @@ from .cache import MegalodonCache
 from .compat import make_known_as_causal_lm
 from .configuration_megalodon import MegalodonConfig
 from .modeling_megalodon import MegalodonForCausalLM, MegalodonModel
+from .ops.precision import configure_precision
 from .tokenization_megalodon import MegalodonTokenizer
 
 AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
@@ -30,4 +31,6 @@ __all__ = [
     "MegalodonForCausalLM",
     "MegalodonModel",
     "MegalodonTokenizer",
+    "__version__",
+    "configure_precision",
 ]

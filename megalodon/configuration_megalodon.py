@@ -1,17 +1,22 @@
 """Configuration of a Megalodon model."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 InitMode = Literal["he", "xavier", "bert", "gaussian", "none"]
+if TYPE_CHECKING:
+    RopeBase = float
+else:
+    RopeBase = float | int | None  # None only until __post_init__
 
 
 @strict
 class MegalodonConfig(PreTrainedConfig):
-    """Sizes and options of a Megalodon (Ma et al. 2024, arXiv 2404.08801).
+    """Sizes and options of a Megalodon (Ma et al. 2024, arXiv 2404.08801); by default the released
+    mega200M.
 
     Args:
         vocab_size: number of token ids; 256 for bytes.
@@ -25,7 +30,7 @@ class MegalodonConfig(PreTrainedConfig):
         chunk_size: tokens C of an attention chunk.
         norm_num_groups: groups G of TimestepNorm.
         norm_eps: epsilon of every normalisation.
-        rope_base: base of the rotary frequencies.
+        rope_base: base of the rotary frequencies; None is 10,000.
         swiglu: whether the feed-forward network is gated.
         rescale_nffn: whether a learned per-channel factor scales the feed-forward branch.
         scale_emb: whether embeddings are multiplied by sqrt(D).
@@ -37,8 +42,19 @@ class MegalodonConfig(PreTrainedConfig):
         dropout: on the embeddings and on both branches of a block.
         attention_dropout: on the attention map.
         hidden_dropout: on the moving average, the gated attention and inside the FFN.
-        tie_word_embeddings: whether the output matrix is the embedding.
+        tie_word_embeddings: whether the output matrix is the embedding; also `share_emb`.
         use_cache: whether an evaluating model returns its state.
+        gradient_checkpointing: whether a model made from this config recomputes its blocks in the
+            backward pass; also `layerwise_ckpt`. Making the model uses it up: no file holds it.
+
+    Other names of the released code and its ports (`norm_affine`, `output_size`, `efficient_attn`,
+    `max_cache_len`, `cache_unbounded`, `max_positions`) are taken where their value says what
+    every model here does, and not kept.
+
+    Raises:
+        ValueError: for sizes that no Megalodon can have, for another value of those names, and for
+            a name that is unknown, unless it comes from a file (which has a `model_type`): what
+            another version of transformers wrote there is none of a model's business.
     """
 
     model_type = "megalodon"
@@ -48,33 +64,64 @@ class MegalodonConfig(PreTrainedConfig):
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
         "intermediate_size": "ffn_hidden_dim",
+        "share_emb": "tie_word_embeddings",
+        "layerwise_ckpt": "gradient_checkpointing",
     }
 
-    vocab_size: int = 256
-    model_dim: int = 384
-    num_layers: int = 6
-    num_heads: int = 3
-    z_dim: int = 192
-    value_dim: int = 384
-    ffn_hidden_dim: int = 1024
-    cema_ndim: int = 8
-    chunk_size: int = 256
+    vocab_size: int = 32000
+    model_dim: int = 1024
+    num_layers: int = 12
+    num_heads: int = 1
+    z_dim: int = 256
+    value_dim: int = 2048
+    ffn_hidden_dim: int = 2560
+    cema_ndim: int = 16
+    chunk_size: int = 2048
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    rope_base: float | int = 10000.0
-    swiglu: bool = True
+    rope_base: RopeBase = 10000.0
+    swiglu: bool = False
     rescale_nffn: bool = False
     scale_emb: bool = False
-    output_ffn_bias: bool = True
+    output_ffn_bias: bool = False
     init_mode: InitMode = "he"
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = False
     use_cache: bool = True
+    gradient_checkpointing: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:  # under its own name its type is checked
+                setattr(self, name, kwargs.pop(alias))
+        if cast(float | None, self.rope_base) is None:
+            self.rope_base = 10000.0
+        local = f"attention stays inside chunks of chunk_size={self.chunk_size} tokens"
+        rows = f"the output has a row for each of vocab_size={self.vocab_size} tokens"
+        for name, served, reason in (
+            ("norm_affine", (True,), "the norms of a Megalodon have weights"),
+            ("output_size", (None, -1, self.vocab_size), rows),
+            ("efficient_attn", (None,), "attn_implementation chooses: 'sdpa' or 'eager'"),
+            ("max_cache_len", (None, -1, self.chunk_size), f"{local}, and so does its cache"),
+            ("cache_unbounded", (False,), f"{local}, and so does its cache"),
+        ):
+            value = kwargs.pop(name, served[0])
+            if value not in served:
+                raise ValueError(f"{name}={value!r}: {reason}")
+        positions = kwargs.pop("max_positions", self.chunk_size)
+        if not (isinstance(positions, int) and positions >= self.chunk_size):
+            raise ValueError(f"max_positions={positions!r}: {local}, and has as many positions")
+        known = {"attn_implementation", "experts_implementation", "quantization_config"}
+        for name, value in kwargs.items():
+            is_known = hasattr(type(self), name) or name in known or name.startswith("_")
+            if not (is_known or "model_type" in kwargs):
+                raise ValueError(f"{name}={value!r}: MegalodonConfig has no such name")
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no Megalodon can have. Raises ValueError naming the key."""
@@ -112,30 +159,16 @@ class MegalodonConfig(PreTrainedConfig):
                 raise ValueError(f"{key}={getattr(self, key)}: must be in [0, 1)")
 
     @classmethod
-    def _released(cls, defaults: dict[str, Any], overrides: dict[str, Any]) -> "MegalodonConfig":
-        family = {
-            "vocab_size": 32000,
-            "cema_ndim": 16,
-            "chunk_size": 2048,
-            "swiglu": False,
-            "output_ffn_bias": False,
-            "tie_word_embeddings": False,
-        }
-        return cls(**{**family, **defaults, **overrides})
-
-    @classmethod
     def mega200m(cls, **overrides: Any) -> "MegalodonConfig":
-        """The released mega200M: 220,627,968 parameters."""
-        sizes = {"model_dim": 1024, "num_layers": 12, "num_heads": 1, "z_dim": 256}
-        sizes |= {"value_dim": 2048, "ffn_hidden_dim": 2560, "norm_num_groups": 32}
-        return cls._released(sizes, overrides)
+        """The released mega200M: 220,627,968 parameters. These are the defaults."""
+        return cls(**overrides)
 
     @classmethod
     def mega1_3b(cls, **overrides: Any) -> "MegalodonConfig":
         """The released mega1.3B: 1,342,832,640 parameters."""
         sizes = {"model_dim": 2048, "num_layers": 24, "num_heads": 2, "z_dim": 512}
         sizes |= {"value_dim": 4096, "ffn_hidden_dim": 4864, "norm_num_groups": 64}
-        return cls._released(sizes, overrides)
+        return cls(**{**sizes, **overrides})
 
     @classmethod
     def mega1_3b_pg19(cls, **overrides: Any) -> "MegalodonConfig":
@@ -148,10 +181,15 @@ class MegalodonConfig(PreTrainedConfig):
         """The released mega7.1B: 7,117,381,632 parameters."""
         sizes = {"model_dim": 4096, "num_layers": 32, "num_heads": 4, "z_dim": 1024}
         sizes |= {"value_dim": 8192, "ffn_hidden_dim": 11264, "norm_num_groups": 64}
-        return cls._released(sizes, overrides)
+        return cls(**{**sizes, **overrides})
 
     @classmethod
     def mega7_3b(cls, **overrides: Any) -> "MegalodonConfig":
         """The released mega7.3B, the 7B of the paper: 7,385,817,088 parameters."""
         options = {"ffn_hidden_dim": 8192, "swiglu": True, "chunk_size": 4096}
         return cls.mega7_1b(**{**options, "rope_base": 100000.0, **overrides})
+
+    @classmethod
+    def from_7b_setup(cls, **overrides: Any) -> "MegalodonConfig":
+        """The 7B of the paper, by the name that ports give it: `mega7_3b`."""
+        return cls.mega7_3b(**overrides)

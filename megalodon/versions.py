@@ -1,9 +1,11 @@
-"""Whether the installed torch and transformers are versions that the library was tested with."""
+"""The library's version, and whether torch and transformers are of those it was tested with."""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 DISTRIBUTION = "megalodon-enwik8"  # whose pyproject.toml states the ranges
 

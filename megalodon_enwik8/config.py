@@ -145,6 +145,9 @@ class ExperimentConfig(BaseModel):
     temperature: Annotated[Real, Field(ge=0)] = 1.0  # 0: the likeliest byte each time
     min_p: Annotated[Real, Field(ge=0, le=1)] = 0.1
 
+    # tensorboard: writes what metrics.jsonl says for `tensorboard --logdir runs` too
+    tracker: Literal["none", "tensorboard"] = "none"
+
     @model_validator(mode="after")
     def _check_combinations(self) -> ExperimentConfig:
         for name in sorted(self.model_fields_set):

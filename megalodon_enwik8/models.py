@@ -36,6 +36,11 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
     """The config's model, float32 on the CPU, its weights a pure function of the seed. Raises
     UserError for sizes that no such model can have."""
     torch.manual_seed(config.seed)
+    return draw_model(config)
+
+
+def draw_model(config: ExperimentConfig) -> PreTrainedModel:
+    """Likewise, its weights drawn from torch's generator as it stands."""
     try:
         build = build_llama if config.model == "llama" else build_megalodon
         model = build(config)
@@ -49,10 +54,9 @@ def build_model(config: ExperimentConfig) -> PreTrainedModel:
 
 
 def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
-    """The library's Megalodon: its keys have their names there, but for two."""
+    """The library's Megalodon: its own keys have their names there."""
     keys = [key for key in type(config).model_fields if model_of_key(key) == "megalodon"]
     values: dict[str, Any] = {key: getattr(config, key) for key in keys if key != "ablation"}
-    values["tie_word_embeddings"] = values.pop("share_emb")
     if config.init_mode == "fan_in":
         values["init_mode"] = "he"
     model = MegalodonForCausalLM(

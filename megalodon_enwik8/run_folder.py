@@ -3,6 +3,7 @@
 config.yaml          the config actually used
 environment.json     corpus, parameters, and versions and device of each session
 metrics.jsonl        one JSON object per training step, and one for the end
+tensorboard/         the same, if the config's `tracker` asks for it
 checkpoint_*.pt      after so many steps, with the optimizer, to resume from
 best.pt  final.pt    weights to use
 
@@ -19,11 +20,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock, remove_leftovers
+from megalodon_enwik8.tracking import open_board, show
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 NEWEST = "newest"  # in place of a path: the newest valid checkpoint of the folder
 
@@ -37,6 +42,7 @@ class RunFolder:
         self.path = path
         self._stack = stack  # closes what is open when the process is done with the folder
         self._metrics: IO[str] | None = None
+        self._board: SummaryWriter | None = None
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -114,6 +120,10 @@ class RunFolder:
         self._metrics = self._stack.enter_context(
             self.file("metrics.jsonl").open("a", encoding="utf-8")
         )
+        if config.tracker == "tensorboard":
+            self._board = self._stack.enter_context(open_board(self.file("tensorboard")))
+            for row in rows:
+                show(self._board, row)
 
     def _rename(self) -> Path:
         """Give the folder another name and make a new one in its place. Returns the old one."""
@@ -126,10 +136,12 @@ class RunFolder:
         return aside
 
     def log(self, row: Row) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and show it on the board if there is one."""
         assert self._metrics is not None
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
+        if self._board is not None:
+            show(self._board, row)
 
     def save(self, name: str, checkpoint: Checkpoint) -> Path:
         """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it."""

@@ -51,6 +51,7 @@ from megalodon_enwik8.models import (
 )
 from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
 from megalodon_enwik8.safety import StopRequest, UserError
+from megalodon_enwik8.tracking import check_tracker
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
 # of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
@@ -61,6 +62,7 @@ FREE_ON_RESUME = frozenset(
         "compile", "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation",
         "save_every", "keep_last", "keep_best", "generate_every", "generate_prompt_len",
         "generate_length", "temperature", "min_p", "shard", "chunk_parallel",
+        "tracker",
     }
 )  # fmt: skip
 
@@ -76,6 +78,7 @@ def train(
     """
     keep_freed_memory()
     device = choose_device()
+    check_tracker(config.tracker)
     with join(device, config.chunk_parallel) as world:
         world.check(config)
         if restarted():

@@ -1,4 +1,4 @@
-"""Which dtype to compute in, and how to keep autocast out of the operations."""
+"""Which dtype to compute in, how to keep autocast out of the operations, and what a GPU rounds."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -37,3 +37,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where x is."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def configure_precision(
+    *, allow_tf32: bool | None = True, allow_bf16_reduced_precision_reduction: bool | None = None
+) -> None:
+    """Set two of PyTorch's switches for matrix products on NVIDIA GPUs, for the whole process; the
+    library sets neither. None leaves one as it is, other devices know neither.
+
+    allow_tf32: float32 products may round their factors to ten bits, those of the moving average
+        and its state included. allow_bf16_reduced_precision_reduction: sums in bfloat16 products.
+    """
+    switches = torch.backends.cuda.matmul
+    if allow_tf32 is not None:
+        switches.allow_tf32 = allow_tf32
+    if allow_bf16_reduced_precision_reduction is not None:
+        switches.allow_bf16_reduced_precision_reduction = allow_bf16_reduced_precision_reduction

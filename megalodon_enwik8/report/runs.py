@@ -25,7 +25,7 @@ FREE_KEYS = frozenset(
         "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation", "save_every",
         "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
         "temperature", "min_p", "shard",
-        "chunk_parallel",
+        "chunk_parallel", "tracker",
     }
 )  # fmt: skip
 

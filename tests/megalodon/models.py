@@ -10,10 +10,21 @@ from megalodon import MegalodonConfig, MegalodonForCausalLM
 CHUNK = 8
 
 
+# What these models have that the released ones, the library's defaults, lack.
+OPTIONS = {"vocab_size": 256, "swiglu": True, "output_ffn_bias": True, "tie_word_embeddings": True}
+
+
 def tiny_config(**options: Any) -> MegalodonConfig:
     sizes = {"model_dim": 32, "num_layers": 2, "num_heads": 2, "z_dim": 16, "value_dim": 24}
     sizes |= {"ffn_hidden_dim": 40, "cema_ndim": 4, "chunk_size": CHUNK, "norm_num_groups": 4}
-    return MegalodonConfig(**{**sizes, **options})
+    return MegalodonConfig(**{**OPTIONS, **sizes, **options})
+
+
+def config_of_the_comparison(**options: Any) -> MegalodonConfig:
+    """The Megalodon of 11.3M parameters that the experiment compares."""
+    sizes = {"model_dim": 384, "num_layers": 6, "num_heads": 3, "z_dim": 192, "value_dim": 384}
+    sizes |= {"ffn_hidden_dim": 1024, "cema_ndim": 8, "chunk_size": 256}
+    return MegalodonConfig(**{**OPTIONS, **sizes, **options})
 
 
 def tiny_model(**options: Any) -> MegalodonForCausalLM:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalodon import MegalodonConfig, MegalodonForCausalLM
+from megalodon import MegalodonForCausalLM
 
-from .models import CHUNK, tiny_model
+from .models import CHUNK, config_of_the_comparison, tiny_model
 
 pytestmark = [
     pytest.mark.cuda,
@@ -31,7 +31,7 @@ def test_logits_and_gradients_equal_those_of_the_cpu() -> None:
 
 def test_shipped_heads_run_in_the_flash_kernel() -> None:
     with torch.device("cuda"):
-        model = MegalodonForCausalLM(MegalodonConfig(num_layers=1))
+        model = MegalodonForCausalLM(config_of_the_comparison(num_layers=1))
     ids = torch.randint(0, 256, (2, 512), device="cuda")
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), torch.autocast("cuda", torch.bfloat16):
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -39,7 +39,7 @@ def test_shipped_heads_run_in_the_flash_kernel() -> None:
 
 def test_training_forward_never_waits_for_the_device() -> None:
     with torch.device("cuda"):
-        model = MegalodonForCausalLM(MegalodonConfig(num_layers=1)).train()
+        model = MegalodonForCausalLM(config_of_the_comparison(num_layers=1)).train()
     ids = torch.randint(0, 256, (2, 512), device="cuda")
     model(ids, use_cache=False).logits.sum().backward()
     torch.cuda.set_sync_debug_mode("error")

@@ -73,7 +73,15 @@ def test_keys_that_leave_the_course_alone_do_not_part_a_group(tmp_path: Path) ->
     assert ExperimentConfig.model_fields.keys() >= FREE_KEYS
     make_run(tmp_path / "a", seed=7)
     changes = {"batch_size": 16, "grad_accum_every": 1, "compile": True, "save_every": 3}
-    make_run(tmp_path / "b", seed=8, **changes, generate_every=0, keep_last=1, data_path="x")
+    make_run(
+        tmp_path / "b",
+        seed=8,
+        **changes,
+        generate_every=0,
+        keep_last=1,
+        data_path="x",
+        tracker="tensorboard",
+    )
     assert [run.seed for run in one_group(["*"], tmp_path)] == [7, 8]
 
 
