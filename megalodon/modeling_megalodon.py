@@ -19,7 +19,7 @@ from .cache import LayerState, MegalodonCache
 from .compat import CACHE_NAME, CausalLMOutput, ModelOutput, one_cache
 from .configuration_megalodon import MegalodonConfig
 from .generation import MegalodonGenerationMixin
-from .layout import Layout, mask_labels, read_layout
+from .layout import Layout, mask_labels, packed_positions, read_layout
 from .modules import (
     Float32Module,
     MegalodonCEMA,
@@ -197,6 +197,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         past_key_values: MegalodonCache | None = None,
+        **packing: Any,
     ) -> ModelOutput:
         """Hidden states of a piece of text.
 
@@ -214,10 +215,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 final hidden states. Default: the config's.
             output_attentions: refused, for attention maps are never whole.
             past_key_values: the old name of `cache`.
+            packing: what else says where documents begin, `cu_seq_lens_q` and the like: see
+                :func:`megalodon.layout.packed_positions`.
 
         Raises:
             ValueError: for a cache of another model or batch size, a mask or positions of the
-                wrong shape, ids outside the vocabulary, float16, attention maps asked for.
+                wrong shape, contradicting ones, ids outside the vocabulary, float16, attention
+                maps asked for.
+            TypeError: for an unknown keyword.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -233,6 +238,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 "Megalodon runs with 'sdpa', the default, or 'eager'"
             )
         x = self._embed(input_ids, inputs_embeds)
+        position_ids = packed_positions(x, attention_mask, position_ids, packing)
         cache = one_cache(cache, past_key_values)
         if cache is not None:
             if not isinstance(cache, MegalodonCache):
@@ -349,6 +355,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
         past_key_values: MegalodonCache | None = None,
+        **packing: Any,
     ) -> CausalLMOutput:
         """Next-token logits, and the loss where labels are given.
 
@@ -373,6 +380,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            **packing,
         )
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -387,7 +395,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 raise ValueError("a loss needs the logits of all positions: logits_to_keep=0")
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
-            labels = mask_labels(labels, attention_mask, position_ids, ignore_index)
+            positions = packed_positions(x, attention_mask, position_ids, packing)
+            labels = mask_labels(labels, attention_mask, positions, ignore_index)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
