@@ -107,7 +107,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _is_stateful = True
     config: MegalodonConfig
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
@@ -248,6 +247,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 )
             cache.check(self.config, x.shape[0])
             cache.leave_inference_mode()
+            cache.read_again(self.forward)
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if use_cache and cache is None:
@@ -262,11 +262,12 @@ class MegalodonModel(MegalodonPreTrainedModel):
             return_state=bool(use_cache),
             fused=implementation == "sdpa",
         )
-        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        layers = self.layers[: self.config.num_layers]  # fewer in a draft by early exit
+        before = cache.states if cache is not None and cache.states else [None] * len(layers)
         norm_state = None if cache is None else cache.final_norm
         hidden_states: list[Tensor] = []
         states: list[LayerState] = []
-        for layer, state in zip(self.layers, before, strict=True):
+        for layer, state in zip(layers, before, strict=True):
             if output_hidden_states:
                 hidden_states.append(x)
             x, state = layer(x, state, layout)
@@ -275,6 +276,12 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x, norm_state = self.final_norm(x, norm_state, layout)
         if cache is not None and use_cache:
             cache.advance(states, norm_state, x.shape[1], layout.segments is None)
+            cache.record(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=None if attention_mask is None else attention_mask[:, -x.shape[1] :],
+                position_ids=None if position_ids is None else torch.atleast_2d(position_ids),
+            )
         if output_hidden_states:
             hidden_states.append(x)
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
