@@ -55,7 +55,9 @@ class MegalodonGenerationMixin(GenerationMixin):
             cache = MegalodonCache(self.config)
             if option("is_assistant"):
                 cache.activate_past_recording()
-        if cache is None:
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        if not isinstance(cache, MegalodonCache):  # none, or one that forward will refuse
             return super().generate(inputs, generation_config, *args, **kwargs)
         helps = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
         if cache.positions and any(map(option, helps)):
@@ -63,7 +65,7 @@ class MegalodonGenerationMixin(GenerationMixin):
                 "assisted generation reads the whole text, but the cache holds "
                 f"{cache.positions} positions already: begin with a new cache"
             )
-        kwargs[CACHE_NAME], recorded = cache, cache.is_croppable
+        recorded = cache.is_croppable
         output = super().generate(inputs, generation_config, *args, **kwargs)
         if cache.is_croppable and not recorded:
             cache.read_again(self.model.forward)
