@@ -84,7 +84,7 @@ class MegalodonCache(Cache):
         self.uniform_length: int | None = 0
         self.positions = 0
         self.kept: dict[nn.Module, CEMAStepCoefficients] = {}
-        self.stop_recording()
+        self._start, self._calls, self._cropped = None, [], False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": {}}  # whose keys would be copied too: parts of a model
@@ -192,16 +192,15 @@ class MegalodonCache(Cache):
 
     def activate_past_recording(self) -> None:
         """From here on, record what :meth:`crop` needs to come back as far as here."""
-        self.stop_recording()
-        self._start = copy.copy(self).map(torch.clone)  # single steps write to attention's states
+        if not self._cropped:  # else it records already
+            self.stop_recording()
+            self._start = copy.copy(self).map(torch.clone)  # single steps write to their state
 
     def stop_recording(self) -> None:
-        """Forget what was recorded."""
-        self._start: MegalodonCache | None = None
-        self._calls: list[
-            dict[str, Tensor]
-        ] = []  # arguments of MegalodonModel.forward, (B, L, ...)
-        self._cropped = False  # whether the states are those at the start, before these calls
+        """Forget what was recorded. Raises ValueError between a crop and the next call."""
+        if self._cropped:
+            raise ValueError("stop_recording() after a crop: let the model read something first")
+        self._start, self._calls = None, []
 
     @property
     def is_croppable(self) -> bool:
@@ -216,7 +215,8 @@ class MegalodonCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take away the last positions of every row, given as a negative number, as transformers
-        does. The recording begins anew behind what is kept.
+        does. Up to the next call the states are those at the start of the recording, which then
+        begins anew behind what is kept.
 
         Raises:
             ValueError: for a positive number, and for more positions than were recorded.
@@ -226,35 +226,26 @@ class MegalodonCache(Cache):
         if tokens_to_remove > 0 or keep < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): the number must be negative, and {sum(sizes)} "
-                "positions are recorded; call activate_past_recording() before those that may have "
-                "to go"
+                "positions are recorded; call activate_past_recording() before those that may "
+                "have to go"
             )
-        if tokens_to_remove:
-            start = self._start
-            assert start is not None
-            self.states, self.final_norm, self.lengths = (
-                start.states,
-                start.final_norm,
-                start.lengths,
-            )
-            self.uniform_length = start.uniform_length
+        if self._start is not None and tokens_to_remove:
+            start, calls = self._start, []
+            self.states, self.final_norm = start.states, start.final_norm
+            self.lengths, self.uniform_length = start.lengths, start.uniform_length
             self.positions += tokens_to_remove
-            calls = []
             for call, size in zip(self._calls, sizes, strict=True):
                 if keep > 0:
                     calls.append({key: t[:, :keep] for key, t in call.items()})
                 keep -= size
-            self._calls = calls
-            self._cropped = bool(self._calls)
-        if self.is_croppable and not self._cropped:
+            self._calls, self._cropped = calls, bool(calls)
+        if self._start is not None:
             self.activate_past_recording()
 
     def read_again(self, forward: Callable[..., Any]) -> None:
         """Make the calls again that a crop kept, with MegalodonModel's forward."""
-        if self._cropped:
-            calls, start = self._calls, self._start
-            assert start is not None
-            self.positions = start.positions
+        if self._start is not None and self._cropped:
+            calls, self.positions, self._cropped = self._calls, self._start.positions, False
             self.stop_recording()
             for call in calls:
                 forward(**call, cache=self, use_cache=True)

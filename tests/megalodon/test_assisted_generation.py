@@ -104,6 +104,7 @@ def test_crops_add_up_and_rows_with_padding_and_documents_may_be_cropped_and_reo
         part = {"attention_mask": mask[:, :length], "position_ids": positions[:, :length]}
         model(rows[:, :length], cache=each, **part)
     cache.crop(-2)
+    cache.activate_past_recording()  # as after any crop
     cache.crop(-4)
     for each in (cache, never):
         each.reorder_cache(torch.tensor([1, 1, 0]))
@@ -126,6 +127,8 @@ def test_what_was_not_recorded_cannot_be_cropped(model: MegalodonForCausalLM, id
     cache.crop(-1)
     with pytest.raises(ValueError, match="2 positions are recorded"):
         cache.crop(-3)
+    with pytest.raises(ValueError, match=r"stop_recording\(\) after a crop: let the model read"):
+        cache.stop_recording()
 
 
 HELP: dict[str, Any] = {
