@@ -13,6 +13,9 @@ from .ops.cema import CEMAStepCoefficients
 from .ops.chunk_attention import AttentionState
 from .ops.timestep_norm import TimestepNormState
 
+FEW = 32
+"""Tokens that are read with others at little more than the cost of the others: a block of CEMA."""
+
 
 class LayerState(NamedTuple):
     """What one block carries from token to token."""
@@ -51,8 +54,8 @@ class MegalodonCache(Cache):
 
     Averages have no way back. What :meth:`crop` is to take away must therefore be recorded: after
     :meth:`activate_past_recording` the cache holds a copy of the states, and the arguments of all
-    calls from there on. A crop returns to that copy, and the next call first makes again the calls
-    that were kept, which is exact, and costs what they cost.
+    calls from there on. A crop returns to that copy, and the next call first reads again what was
+    kept, or, where that is little, reads it together with its own tokens. That is exact.
 
     Args:
         config: the model's.
@@ -241,6 +244,19 @@ class MegalodonCache(Cache):
             self._calls, self._cropped = calls, bool(calls)
         if self._start is not None:
             self.activate_past_recording()
+
+    def take_kept(self) -> Tensor | None:
+        """Ids (B, n) that a crop kept, to be read with those of the next call from the start of the
+        recording, if they are few and came without mask or positions; else ``None``."""
+        calls = self._calls if self._cropped else []
+        ids = [call["input_ids"] for call in calls if call.keys() == {"input_ids"}]
+        if self._start is None or not ids or len(ids) < len(calls):
+            return None
+        kept = torch.cat(ids, dim=1)
+        if kept.shape[1] > FEW:
+            return None
+        self.positions, self._calls, self._cropped = self._start.positions, [], False
+        return kept
 
     def read_again(self, forward: Callable[..., Any]) -> None:
         """Make the calls again that a crop kept, with MegalodonModel's forward."""

@@ -81,10 +81,12 @@ class MegalodonGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, without the tokenizer of `stop_strings`, which it would hand on, and
-        without the mask and the positions of a further token, which grow with the text: the cache
+        without the mask and the positions of further tokens, which grow with the text: the cache
         holds what they say."""
         kwargs.pop("tokenizer", None)
-        if next_sequence_length == 1 and not is_first_iteration:
+        cache = kwargs.get(CACHE_NAME)
+        further = next_sequence_length is not None and not is_first_iteration
+        if further and cache is not None and cache.positions:
             kwargs |= {"attention_mask": None, "position_ids": None}
         return super().prepare_inputs_for_generation(
             input_ids,

@@ -247,10 +247,18 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 )
             cache.check(self.config, x.shape[0])
             cache.leave_inference_mode()
-            cache.read_again(self.forward)
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
-        if use_cache and cache is None:
+        kept = None
+        if cache is not None:
+            plain = attention_mask is None and position_ids is None and inputs_embeds is None
+            if plain and use_cache and (kept := cache.take_kept()) is not None:
+                assert input_ids is not None
+                input_ids = torch.cat([kept, input_ids], dim=1)
+                x = self._embed(input_ids, None)
+            else:
+                cache.read_again(self.forward)
+        elif use_cache:
             cache = MegalodonCache(self.config)
         layout = read_layout(
             x,
@@ -284,6 +292,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
         if output_hidden_states:
             hidden_states.append(x)
+        if kept is not None:
+            x, *hidden_states = (h[:, kept.shape[1] :] for h in (x, *hidden_states))
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return ModelOutput(
             last_hidden_state=x,

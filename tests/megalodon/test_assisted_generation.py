@@ -57,8 +57,9 @@ def same_from_here(
     assert cache.get_seq_length() == other.get_seq_length()
     more = torch.randint(0, 256, (rows, CHUNK + 3), generator=torch.Generator().manual_seed(2))
     for piece in more.split([1, 3, 1, CHUNK - 2], dim=1):
-        logits = [model(piece, cache=each).logits for each in (cache, other)]
-        torch.testing.assert_close(*logits, rtol=0, atol=1e-10)  # float64
+        outputs = [model(piece, cache=each, output_hidden_states=True) for each in (cache, other)]
+        found, expected = ((output.logits, output.hidden_states) for output in outputs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)  # float64
     assert torch.equal(cache.lengths, other.lengths)
 
 
