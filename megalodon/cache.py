@@ -1,5 +1,6 @@
 """The state of a Megalodon: fixed in size, whatever the length of the text."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,6 +12,9 @@ from .configuration_megalodon import MegalodonConfig
 from .ops.cema import CEMAStepCoefficients
 from .ops.chunk_attention import AttentionState
 from .ops.timestep_norm import TimestepNormState
+
+FEW = 32
+"""Tokens that are read with others at little more than the cost of the others: a block of CEMA."""
 
 
 class LayerState(NamedTuple):
@@ -48,6 +52,11 @@ class MegalodonCache(Cache):
     it, and so do :meth:`reset`, :meth:`map` and copying: weights must not change between two
     single steps of one cache, unless one of these lies between.
 
+    Averages have no way back. What :meth:`crop` is to take away must therefore be recorded: after
+    :meth:`activate_past_recording` the cache holds a copy of the states, and the arguments of all
+    calls from there on. A crop returns to that copy, and the next call first reads again what was
+    kept, or, where that is little, reads it together with its own tokens. That is exact.
+
     Args:
         config: the model's.
 
@@ -58,7 +67,12 @@ class MegalodonCache(Cache):
         uniform_length: the same as a number where all rows agree, else ``None``.
         positions: positions seen, padding included.
         kept: what single steps multiply with, of each CEMA that has decoded one.
+        is_croppable: whether calls are recorded.
     """
+
+    _start: "MegalodonCache | None"  # the states where the recording begins
+    _calls: list[dict[str, Tensor]]  # arguments (B, L, ...) of MegalodonModel.forward since
+    _cropped: bool  # whether the states are those at the start again, and the calls yet to be made
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(layers=[])
@@ -73,6 +87,7 @@ class MegalodonCache(Cache):
         self.uniform_length: int | None = 0
         self.positions = 0
         self.kept: dict[nn.Module, CEMAStepCoefficients] = {}
+        self._start, self._calls, self._cropped = None, [], False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": {}}  # whose keys would be copied too: parts of a model
@@ -126,6 +141,9 @@ class MegalodonCache(Cache):
             self.states = [map_state(function, state) for state in self.states]
             self.final_norm = map_state(function, self.final_norm)
             self.lengths = self.final_norm.steps
+        if self._start is not None:
+            self._start._map_states(function)
+        self._calls = [{key: function(t) for key, t in call.items()} for call in self._calls]
         return self
 
     def detach(self) -> "MegalodonCache":
@@ -164,7 +182,7 @@ class MegalodonCache(Cache):
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
-        return self.lengths is not None
+        return self.positions > 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -175,16 +193,79 @@ class MegalodonCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_states(lambda t: t.repeat_interleave(repeats, dim=0))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                "a MegalodonCache cannot be cropped: its averages have no way back; keep a "
-                "copy.deepcopy of the cache at the place to return to"
-            )
+    def activate_past_recording(self) -> None:
+        """From here on, record what :meth:`crop` needs to come back as far as here."""
+        if not self._cropped:  # else it records already
+            self.stop_recording()
+            self._start = copy.copy(self).map(torch.clone)  # single steps write to their state
+
+    def stop_recording(self) -> None:
+        """Forget what was recorded. Raises ValueError between a crop and the next call."""
+        if self._cropped:
+            raise ValueError("stop_recording() after a crop: let the model read something first")
+        self._start, self._calls = None, []
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return self._start is not None
+
+    def record(self, **arguments: Tensor | None) -> None:
+        """Take in the arguments (B or 1, L, ...) of a call that was made, if calls are recorded."""
+        if self._start is not None:
+            given = {key: t for key, t in arguments.items() if t is not None}
+            rows = self.batch_size
+            self._calls.append({key: t.expand(rows, *t.shape[1:]) for key, t in given.items()})
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take away the last positions of every row, given as a negative number, as transformers
+        does. Up to the next call the states are those at the start of the recording, which then
+        begins anew behind what is kept.
+
+        Raises:
+            ValueError: for a positive number, and for more positions than were recorded.
+        """
+        sizes = [next(iter(call.values())).shape[1] for call in self._calls]
+        keep = sum(sizes) + tokens_to_remove
+        if tokens_to_remove > 0 or keep < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): the number must be negative, and {sum(sizes)} "
+                "positions are recorded; call activate_past_recording() before those that may "
+                "have to go"
+            )
+        if self._start is not None and tokens_to_remove:
+            start, calls = self._start, []
+            self.states, self.final_norm = start.states, start.final_norm
+            self.lengths, self.uniform_length = start.lengths, start.uniform_length
+            self.positions += tokens_to_remove
+            for call, size in zip(self._calls, sizes, strict=True):
+                if keep > 0:
+                    calls.append({key: t[:, :keep] for key, t in call.items()})
+                keep -= size
+            self._calls, self._cropped = calls, bool(calls)
+        if self._start is not None:
+            self.activate_past_recording()
+
+    def take_kept(self) -> Tensor | None:
+        """Ids (B, n) that a crop kept, to be read with those of the next call from the start of the
+        recording, if they are few and came without mask or positions; else ``None``."""
+        calls = self._calls if self._cropped else []
+        ids = [call["input_ids"] for call in calls if call.keys() == {"input_ids"}]
+        if self._start is None or not ids or len(ids) < len(calls):
+            return None
+        kept = torch.cat(ids, dim=1)
+        if kept.shape[1] > FEW:
+            return None
+        self.positions, self._calls, self._cropped = self._start.positions, [], False
+        return kept
+
+    def read_again(self, forward: Callable[..., Any]) -> None:
+        """Make the calls again that a crop kept, with MegalodonModel's forward."""
+        if self._start is not None and self._cropped:
+            calls, self.positions, self._cropped = self._calls, self._start.positions, False
+            self.stop_recording()
+            for call in calls:
+                forward(**call, cache=self, use_cache=True)
+            self.activate_past_recording()
 
     @property
     def is_linear(self) -> list[bool]:
@@ -192,7 +273,7 @@ class MegalodonCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.lengths is not None
+        return self.positions > 0
 
 
 def _signature(config: MegalodonConfig) -> dict[str, int]:

@@ -4,7 +4,7 @@ fixed size, and masks and positions speak of the text not yet read alone."""
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from .cache import MegalodonCache
@@ -16,6 +16,7 @@ class MegalodonGenerationMixin(GenerationMixin):
     """transformers' own `generate`, with the cache, masks and positions of a Megalodon."""
 
     config: MegalodonConfig
+    model: nn.Module
 
     @torch.no_grad()
     def generate(
@@ -28,7 +29,8 @@ class MegalodonGenerationMixin(GenerationMixin):
         """transformers' own.
 
         Raises:
-            ValueError: for prompts padded on the right, and another kind of cache.
+            ValueError: for prompts padded on the right, another kind of cache, and assistance
+                with a cache that holds text.
         """
 
         def option(name: str) -> Any:
@@ -51,9 +53,24 @@ class MegalodonGenerationMixin(GenerationMixin):
         use_cache = option("use_cache") is not False or kwargs.get("inputs_embeds") is not None
         if cache is None and use_cache:
             cache = MegalodonCache(self.config)
+            if option("is_assistant"):
+                cache.activate_past_recording()
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        if not isinstance(cache, MegalodonCache):  # none, or one that forward will refuse
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        helps = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        if cache.positions and any(map(option, helps)):
+            raise ValueError(
+                "assisted generation reads the whole text, but the cache holds "
+                f"{cache.positions} positions already: begin with a new cache"
+            )
+        recorded = cache.is_croppable
+        output = super().generate(inputs, generation_config, *args, **kwargs)
+        if cache.is_croppable and not recorded:
+            cache.read_again(self.model.forward)
+            cache.stop_recording()
+        return output
 
     def prepare_inputs_for_generation(
         self,
@@ -64,10 +81,12 @@ class MegalodonGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, without the tokenizer of `stop_strings`, which it would hand on, and
-        without the mask and the positions of a further token, which grow with the text: the cache
+        without the mask and the positions of further tokens, which grow with the text: the cache
         holds what they say."""
         kwargs.pop("tokenizer", None)
-        if next_sequence_length == 1 and not is_first_iteration:
+        cache = kwargs.get(CACHE_NAME)
+        further = next_sequence_length is not None and not is_first_iteration
+        if further and cache is not None and cache.positions:
             kwargs |= {"attention_mask": None, "position_ids": None}
         return super().prepare_inputs_for_generation(
             input_ids,

@@ -53,6 +53,86 @@ def _to_device(part: Any, device: torch.device | str | int, non_blocking: bool) 
     return part
 
 
+def packed_positions(
+    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, packing: dict[str, Any]
+) -> Tensor | None:
+    """The positions (B, L) that say where documents begin in x (B, L, ...), of a call with what
+    transformers' own models take beside positions.
+
+    packing: flash-attention's `cu_seq_lens_q` and `cu_seq_lens_k` (documents + 1,), where the
+    documents of a single row begin, and its end; `max_length_q` and `max_length_k`, no less than
+    the longest of them; `seq_idx` (B, L), each token's document. Without them the positions are
+    `position_ids`. `is_causal=True` and `output_router_logits=False` say what holds in any case.
+
+    Raises:
+        TypeError: for another keyword. ValueError: for values that say something else than each
+            other, than `position_ids`, or than a Megalodon does.
+    """
+    if not packing:
+        return position_ids
+    rest = dict(packing)
+    for key, only in (("is_causal", True), ("output_router_logits", False)):
+        if rest.pop(key, None) not in (None, only):
+            raise ValueError(f"{key}={not only}: a Megalodon is causal and has no router")
+    flash = [rest.pop(f"{key}_{of}", None) for key in ("cu_seq_lens", "max_length") for of in "qk"]
+    seq_idx = rest.pop("seq_idx", None)
+    if rest:
+        raise TypeError(f"forward() got an unexpected keyword argument {next(iter(rest))!r}")
+    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    found = []
+    if any(part is not None for part in flash):
+        found.append(places - _document_starts(places, *flash))
+    if seq_idx is not None:
+        if seq_idx.shape != places.shape:
+            raise ValueError(
+                f"seq_idx has shape {tuple(seq_idx.shape)}; it must be {tuple(places.shape)}"
+            )
+        begins = torch.nn.functional.pad(seq_idx.to(places).diff() != 0, (1, 0), value=True)
+        found.append(places - torch.where(begins, places, 0).cummax(1).values)
+    if not found:
+        return position_ids
+    if position_ids is not None:
+        found.append(position_ids.to(places))
+    if not all(p.shape[-1] == x.shape[1] and (p == found[0]).all() for p in found):
+        raise ValueError(
+            "cu_seq_lens_q, seq_idx and position_ids differ in where documents begin: give one of "
+            "them, or let positions count from 0 in each document"
+        )
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError("attention_mask has padding, which cu_seq_lens_q and seq_idx cannot name")
+    return found[0]
+
+
+def _document_starts(
+    places: Tensor,
+    ends: Tensor | None,
+    key_ends: Tensor | None,
+    longest: int | None,
+    longest_key: int | None,
+) -> Tensor:
+    """The place where each token's document begins, (1, L), of flash-attention's arguments."""
+    if ends is None or key_ends is None or not torch.equal(ends, key_ends):
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k must both be given and be equal: the tokens of a "
+            "document are its queries and its keys"
+        )
+    batch, length = places.shape
+    ends = ends.to(places)  # (documents + 1,)
+    sizes = ends.diff()
+    if batch != 1 or ends[0] != 0 or ends[-1] != length or (sizes < 0).any():
+        raise ValueError(
+            f"cu_seq_lens_q={ends.tolist()} for {batch} rows of {length} tokens: it must rise from "
+            "0 to the length of a single row"
+        )
+    for number in (longest, longest_key):
+        if number is not None and number < sizes.max():
+            raise ValueError(
+                f"max_length_q and max_length_k must be {int(sizes.max())}, the longest document "
+                f"of cu_seq_lens_q, or more; one is {int(number)}"
+            )
+    return ends[torch.searchsorted(ends, places, right=True) - 1]
+
+
 def read_layout(
     x: Tensor,
     attention_mask: Tensor | None,

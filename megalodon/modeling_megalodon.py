@@ -19,7 +19,7 @@ from .cache import LayerState, MegalodonCache
 from .compat import CACHE_NAME, CausalLMOutput, ModelOutput, one_cache
 from .configuration_megalodon import MegalodonConfig
 from .generation import MegalodonGenerationMixin
-from .layout import Layout, mask_labels, read_layout
+from .layout import Layout, mask_labels, packed_positions, read_layout
 from .modules import (
     Float32Module,
     MegalodonCEMA,
@@ -108,7 +108,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _is_stateful = True
     config: MegalodonConfig
     _no_split_modules = ["MegalodonBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
@@ -207,6 +206,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         past_key_values: MegalodonCache | None = None,
+        **packing: Any,
     ) -> ModelOutput:
         """Hidden states of a piece of text.
 
@@ -224,10 +224,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 final hidden states. Default: the config's.
             output_attentions: refused, for attention maps are never whole.
             past_key_values: the old name of `cache`.
+            packing: what else says where documents begin, `cu_seq_lens_q` and the like: see
+                :func:`megalodon.layout.packed_positions`.
 
         Raises:
             ValueError: for a cache of another model or batch size, a mask or positions of the
-                wrong shape, ids outside the vocabulary, float16, attention maps asked for.
+                wrong shape, contradicting ones, ids outside the vocabulary, float16, attention
+                maps asked for.
+            TypeError: for an unknown keyword.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -243,6 +247,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 "Megalodon runs with 'sdpa', the default, or 'eager'"
             )
         x = self._embed(input_ids, inputs_embeds)
+        position_ids = packed_positions(x, attention_mask, position_ids, packing)
         cache = one_cache(cache, past_key_values)
         if cache is not None:
             if not isinstance(cache, MegalodonCache):
@@ -257,7 +262,16 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if use_cache is None:
             wanted = self.config.use_cache and not self.training and self.time_group is None
             use_cache = cache is not None or wanted
-        if use_cache and cache is None:
+        kept = None
+        if cache is not None:
+            plain = attention_mask is None and position_ids is None and inputs_embeds is None
+            if plain and use_cache and (kept := cache.take_kept()) is not None:
+                assert input_ids is not None
+                input_ids = torch.cat([kept, input_ids], dim=1)
+                x = self._embed(input_ids, None)
+            else:
+                cache.read_again(self.forward)
+        elif use_cache:
             cache = MegalodonCache(self.config)
         layout = read_layout(
             x,
@@ -270,11 +284,12 @@ class MegalodonModel(MegalodonPreTrainedModel):
             fused=implementation == "sdpa",
             time=self.time_group,
         )
-        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        layers = self.layers[: self.config.num_layers]  # fewer in a draft by early exit
+        before = cache.states if cache is not None and cache.states else [None] * len(layers)
         norm_state = None if cache is None else cache.final_norm
         hidden_states: list[Tensor] = []
         states: list[LayerState] = []
-        for layer, state in zip(self.layers, before, strict=True):
+        for layer, state in zip(layers, before, strict=True):
             if output_hidden_states:
                 hidden_states.append(x)
             x, state = layer(x, state, layout)
@@ -283,8 +298,16 @@ class MegalodonModel(MegalodonPreTrainedModel):
         x, norm_state = self.final_norm(x, norm_state, layout)
         if cache is not None and use_cache:
             cache.advance(states, norm_state, x.shape[1], layout.segments is None)
+            cache.record(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=None if attention_mask is None else attention_mask[:, -x.shape[1] :],
+                position_ids=None if position_ids is None else torch.atleast_2d(position_ids),
+            )
         if output_hidden_states:
             hidden_states.append(x)
+        if kept is not None:
+            x, *hidden_states = (h[:, kept.shape[1] :] for h in (x, *hidden_states))
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return ModelOutput(
             last_hidden_state=x,
@@ -367,6 +390,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
         past_key_values: MegalodonCache | None = None,
+        **packing: Any,
     ) -> CausalLMOutput:
         """Next-token logits, and the loss where labels are given.
 
@@ -391,6 +415,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            **packing,
         )
         x = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -410,7 +435,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 raise ValueError("a loss needs the logits of all positions: logits_to_keep=0")
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
-            labels = mask_labels(labels, attention_mask, position_ids, ignore_index)
+            positions = packed_positions(x, attention_mask, position_ids, packing)
+            labels = mask_labels(labels, attention_mask, positions, ignore_index)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

@@ -23,7 +23,6 @@ from .models import tiny_model
 PRIVATE_NAMES = {
     # Class attributes by which a model tells transformers about itself; it has no public ones.
     "_init_weights": "initialisation, also of what a file lacks",
-    "_is_stateful": "refuses assisted generation, which would have to roll the state back",
     "_keep_in_fp32_modules_strict": "norms, CEMA and queries stay float32 when loaded in bfloat16",
     "_no_split_modules": "device_map keeps a block together",
     "_skip_keys_device_placement": "device_map leaves the cache where it is",

@@ -33,3 +33,14 @@ def test_compiled_layers_have_the_gradients_of_eager_ones() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_whole_model_is_one_graph_and_can_be_exported() -> None:
+    model, ids = tiny_model(), torch.randint(0, 256, (2, 2 * CHUNK + 3))
+    options = {"use_cache": False, "return_dict": False}
+    (expected,) = model(ids, **options)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    exported = torch.export.export(model, (ids,), options).module()
+    for program in (compiled, exported):
+        torch.testing.assert_close(program(ids, **options)[0], expected, rtol=0, atol=1e-5)

@@ -395,13 +395,6 @@ def test_hidden_states_and_logits_of_each_step_are_returned(
 
 
 class TestBadInput:
-    def test_assisted_generation_is_refused(
-        self, model: MegalodonForCausalLM, prompt: Tensor
-    ) -> None:
-        for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
-            with pytest.raises(ValueError, match="not supported with stateful models"):
-                model.generate(prompt[:1], max_new_tokens=3, **options)
-
     def test_other_kinds_of_cache_are_refused(
         self, model: MegalodonForCausalLM, prompt: Tensor
     ) -> None:

@@ -384,12 +384,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             tiny_model()()
 
-    def test_cropping_the_cache(self) -> None:
-        cache = MegalodonCache(tiny_config())
-        cache.crop(0)
-        with pytest.raises(ValueError, match="cannot be cropped"):
-            cache.crop(1)
-
     @pytest.mark.parametrize(
         ("key", "value"),
         [

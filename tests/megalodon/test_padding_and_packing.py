@@ -1,8 +1,11 @@
 """A row is worth the same whatever stands beside it: padding and packing change nothing."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from megalodon import MegalodonForCausalLM
 from megalodon.ops import cema
@@ -176,3 +179,78 @@ def test_plain_rows_take_the_plain_path() -> None:
         patch.delattr("megalodon.layout.build_segments")
         model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(9)[None])
         model(ids, position_ids=torch.arange(3, 12)[None])
+
+
+class TestArgumentsOfFlashAttention:
+    """What transformers' collator and trl's packing give beside positions, or in their place."""
+
+    SIZES = (CHUNK + 3, 1, 2 * CHUNK, 5)
+
+    def batch(self, **options: bool) -> dict[str, Any]:
+        documents = [{"input_ids": text.tolist()} for text in texts(list(self.SIZES))]
+        return dict(DataCollatorWithFlattening(**options)(documents))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"return_flash_attn_kwargs": True},
+            {"return_flash_attn_kwargs": True, "return_position_ids": False},
+            {"return_seq_idx": True, "return_position_ids": False},
+            {"return_flash_attn_kwargs": True, "return_seq_idx": True},
+        ],
+        ids=str,
+    )
+    def test_they_give_what_positions_give(self, options: dict[str, bool]) -> None:
+        """To the bit, gradients too; the labels are the texts, whose first bytes are left out."""
+        model = tiny_model()
+        plain, batch = self.batch(), self.batch(**options)
+        results = []
+        for inputs in (plain, batch):
+            model.zero_grad()
+            inputs["labels"] = inputs["input_ids"]
+            output = model(**inputs)
+            output.loss.backward()
+            results.append([output.loss, output.logits, *(p.grad for p in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        for inputs in (plain, batch):
+            inputs.pop("labels")
+        assert torch.equal(model.model(**batch)[0], model.model(**plain)[0])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"cu_seq_lens_k": None}, "cu_seq_lens_q and cu_seq_lens_k must both be given"),
+            ({"cu_seq_lens_k": [0, 4, 33]}, "cu_seq_lens_q and cu_seq_lens_k must"),
+            ({"cu_seq_lens": [0, 12, 32]}, "rows of 33 tokens: it must rise from 0 to the length"),
+            ({"cu_seq_lens": [1, 12, 33]}, "must rise from 0"),
+            ({"cu_seq_lens": [0, 12, 11, 33]}, "must rise from 0"),
+            ({"max_length_k": 15}, "must be 16, .* one is 15"),
+            ({"position_ids": list(range(33))}, "differ in where documents begin"),
+            ({"position_ids": [0, 1]}, "differ in where documents begin"),
+            ({"seq_idx": [0] * 33}, "differ in where documents begin"),
+            ({"seq_idx": [0] * 3}, r"seq_idx has shape \(1, 3\); it must be \(1, 33\)"),
+            ({"attention_mask": [1] * 32 + [0]}, "attention_mask has padding"),
+            ({"input_ids": [[1] * 33] * 2}, "for 2 rows of 33 tokens"),
+            ({"is_causal": False}, "is_causal=False: a Megalodon is causal"),
+            ({"output_router_logits": True}, "output_router_logits=True: .* has no router"),
+        ],
+        ids=str,
+    )
+    def test_contradictions_are_refused(self, changes: dict[str, Any], message: str) -> None:
+        batch = self.batch(return_flash_attn_kwargs=True)
+        batch.pop("position_ids")
+        for key, value in changes.items():
+            rows = key in ("position_ids", "seq_idx", "attention_mask")
+            tensor = torch.tensor([value] if rows else value) if isinstance(value, list) else value
+            keys = ("cu_seq_lens_q", "cu_seq_lens_k") if key == "cu_seq_lens" else (key,)
+            batch |= dict.fromkeys(keys, tensor)
+        model = tiny_model()
+        batch.pop("labels")
+        for part in (model, model.model):
+            with pytest.raises(ValueError, match=message):
+                part(**batch)
+
+    def test_what_holds_in_any_case_may_be_said(self) -> None:
+        model, (ids, *_) = tiny_model(), texts([5])
+        said = {"is_causal": True, "output_router_logits": False, "cu_seq_lens_q": None}
+        assert torch.equal(model(ids[None], **said).logits, model(ids[None]).logits)
