@@ -139,6 +139,22 @@ def test_an_export_pads_and_trains_with_nothing_set_by_hand(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_the_tour_of_clients_runs_as_printed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tour = (ROOT / "docs" / "clients.md").read_text()
+    blocks = dict(re.findall(r"## ([^\n]+)\n\n```(?:python|sh)\n(.*?)```", tour, re.S))
+    assert len(blocks) == 6
+    assert all(block.count("\n") <= 10 for block in blocks.values())
+    export(checkpoint, tmp_path / "exported")
+    (tmp_path / "texts.txt").write_text("the state of a text\nis read once\nand kept\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for client in ("transformers", "Trainer", "peft", "torch.compile and torch.export"):
+        exec(blocks[client], {})
+
+
 class TestModelCard:
     def test_states_what_the_run_measured(self, make_tiny: Any, tmp_path: Path) -> None:
         config = make_tiny("megalodon", full_validation=True)
