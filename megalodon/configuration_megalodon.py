@@ -1,10 +1,13 @@
 """Configuration of a Megalodon model."""
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .remote_code import CONFIG_AUTO_MAP, CONFIG_FILE, write_imports
 
 InitMode = Literal["he", "xavier", "bert", "gaussian", "none"]
 if TYPE_CHECKING:
@@ -157,6 +160,19 @@ class MegalodonConfig(PreTrainedConfig):
         for key in ("dropout", "attention_dropout", "hidden_dropout"):
             if not 0.0 <= getattr(self, key) < 1.0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be in [0, 1)")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """transformers' own, with what `trust_remote_code` needs: see ``remote_code``."""
+        self.auto_map = CONFIG_AUTO_MAP
+        write_imports(save_directory, CONFIG_FILE)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing: it would make transformers save a copy of this file where it is loaded by
+        `trust_remote_code`."""
 
     @classmethod
     def mega200m(cls, **overrides: Any) -> "MegalodonConfig":

@@ -3,10 +3,13 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils.generic import to_py_obj
 
+from .remote_code import TOKENIZER_AUTO_MAP, TOKENIZER_FILE, write_imports
+
 NUM_BYTES = 256
+NUM_ASCII = 128
 
 
 class MegalodonTokenizer(PreTrainedTokenizer):
@@ -18,33 +21,49 @@ class MegalodonTokenizer(PreTrainedTokenizer):
     Python's file names do: ``decode(ids, errors="surrogateescape")`` loses nothing, and encoding
     such a text gives the same bytes again.
 
-    The token of byte 10 is called ``<0x0A>``. Special tokens are optional. One that is named like
-    a byte is that byte (``pad_token="<0x00>"`` adds nothing to the vocabulary); any other takes
-    the next free id from 256 on, for which the model needs ``resize_token_embeddings``. Padding
-    stands on the left, where generation wants it. The `stop_strings` of ``generate``, which looks
-    at tokens one by one, find ASCII only.
+    Byte 0, which no text holds, ends texts and pads them: it is the `eos_token` and the
+    `pad_token`, and still a byte. Where a text holds it all the same it is encoded as 0 and
+    :meth:`decode_bytes` gives it back; ``skip_special_tokens=True`` leaves it out, as it does any
+    end and padding.
+
+    The token of an ASCII byte is called by its character, that of byte 233 ``<0xE9>``. A special
+    token that is named like a byte is that byte; any other takes the next free id from 256 on,
+    for which the model needs ``resize_token_embeddings``. Padding stands on the left, where
+    generation wants it. The `stop_strings` of ``generate``, which looks at tokens one by one, find
+    ASCII only.
+
+    A folder that it is saved to also serves ``trust_remote_code=True``: see ``remote_code``.
 
     Args:
+        eos_token, pad_token: ``None`` for none.
         errors: what ``decode`` does with bytes that are not UTF-8, as in ``bytes.decode``. The
             default, ``replace``, gives a text that can always be printed.
         special_tokens_pattern: which special tokens each text gets, as transformers names them:
             ``bos``, ``eos``, ``bos_eos``; ``None`` for none.
-        kwargs: ``pad_token``, ``eos_token``, ``padding_side`` and what else tokenizers of
-            transformers take.
+        kwargs: ``bos_token``, ``padding_side`` and what else tokenizers of transformers take.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     padding_side = "left"
 
     def __init__(
-        self, errors: str = "replace", special_tokens_pattern: str | None = None, **kwargs: Any
+        self,
+        errors: str = "replace",
+        special_tokens_pattern: str | None = None,
+        eos_token: str | AddedToken | None = "\0",
+        pad_token: str | AddedToken | None = "\0",
+        **kwargs: Any,
     ) -> None:
         self.errors = errors
-        self._byte_tokens = [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
+        self._byte_tokens = [
+            chr(byte) if byte < NUM_ASCII else f"<0x{byte:02X}>" for byte in range(NUM_BYTES)
+        ]
         self._byte_ids = {token: byte for byte, token in enumerate(self._byte_tokens)}
-        super().__init__(errors=errors, special_tokens_pattern=special_tokens_pattern, **kwargs)
-        # transformers saves only what is noted here, and the pattern is not.
+        options = {"errors": errors, "special_tokens_pattern": special_tokens_pattern}
+        super().__init__(eos_token=eos_token, pad_token=pad_token, **options, **kwargs)
+        # transformers saves only what is noted here, and these it does not note.
         self.init_kwargs["special_tokens_pattern"] = special_tokens_pattern
+        self.init_kwargs["auto_map"] = TOKENIZER_AUTO_MAP
 
     @property
     def vocab_size(self) -> int:
@@ -64,12 +83,14 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         """
         ids = to_py_obj(token_ids)
         ids = [ids] if isinstance(ids, int) else ids
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        if not skipped and len(self) == NUM_BYTES:
+        if skip_special_tokens:
+            skipped = set(self.all_special_ids)
+            ids = [i for i in ids if i not in skipped]
+        if len(self) == NUM_BYTES:
             if ids and not 0 <= min(ids) <= max(ids) < NUM_BYTES:
                 self._refuse_id(next(i for i in ids if not 0 <= i < NUM_BYTES))
             return bytes(ids)
-        return b"".join(self._id_to_bytes(i) for i in ids if i not in skipped)
+        return b"".join(map(self._id_to_bytes, ids))
 
     def _id_to_bytes(self, index: int) -> bytes:
         if 0 <= index < NUM_BYTES:
@@ -93,8 +114,6 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> BatchEncoding:
         """transformers' own, which takes ``bytes`` wherever it takes ``str``."""
-        if kwargs.get("padding", False) not in (False, None, "do_not_pad"):
-            self._check_pad_token()
         texts = (text, text_pair, text_target, text_pair_target)
         return super().__call__(*(self._as_ids(each, kwargs) for each in texts), **kwargs)
 
@@ -104,25 +123,15 @@ class MegalodonTokenizer(PreTrainedTokenizer):
             self._as_ids(text, kwargs), text_pair=self._as_ids(text_pair, kwargs), **kwargs
         )
 
-    def _check_pad_token(self) -> None:
-        if self.pad_token_id is None:
-            raise ValueError(
-                "padding needs a pad token, and bytes leave none over. Any byte will do where the "
-                "model gets the attention_mask: tokenizer.pad_token_id = 0, or "
-                "pad_token='<0x00>' to from_pretrained. A token of its own needs "
-                "tokenizer.add_special_tokens({'pad_token': '<pad>'}) and "
-                "model.resize_token_embeddings(len(tokenizer))"
-            )
-
     def _as_ids(self, item: Any, options: dict[str, Any]) -> Any:
-        """Bytes as their ids, and texts too where no added token can occur: without a list of
-        names between."""
+        """Bytes as their ids, and texts too where no added token but an ASCII byte, which is itself
+        in any case, can occur: without a list of names between."""
         if isinstance(item, (bytes, bytearray, memoryview)):
             return list(bytes(item)) or ""
         if isinstance(item, str):
             split = options.get("split_special_tokens", self.split_special_tokens)
             others = options.get("is_split_into_words") or options.get("sanitize_control_tokens")
-            plain = (split or not self.added_tokens_encoder) and not others
+            plain = (split or max(self.added_tokens_decoder, default=0) < NUM_ASCII) and not others
             return list(_to_bytes(item)) or "" if plain else item
         if isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
             return type(item)(self._as_ids(part, options) for part in item)
@@ -163,6 +172,17 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """There is no vocabulary to save, but the file that `trust_remote_code` runs."""
+        return (write_imports(save_directory, TOKENIZER_FILE),)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoTokenizer") -> None:
+        """Nothing: it would make transformers save a copy of this file where it is loaded by
+        `trust_remote_code`."""
 
 
 def _to_bytes(text: str) -> bytes:

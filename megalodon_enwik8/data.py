@@ -96,6 +96,13 @@ def split_point(size: int) -> int:
     return size * 9 // 10
 
 
+def named_text(data_path: str) -> str:
+    """The text that `data_path` names: "enwik8", "sample", "code", or a file by its name."""
+    path = Path(os.path.expanduser(data_path))
+    is_enwik8 = (path.stem if path.suffix in PACKED else path.name) == ENWIK8
+    return ENWIK8 if is_enwik8 else path.name
+
+
 def _read_named(data_path: str, data_bytes: int | None, progress: bool) -> tuple[str, Bytes]:
     """A corpus's name, and at least its first `data_bytes` bytes as far as it has them."""
     if data_path == CODE:
@@ -108,7 +115,7 @@ def _read_named(data_path: str, data_bytes: int | None, progress: bool) -> tuple
     path = Path(os.path.expanduser(data_path))
     if path.name in (SAMPLE, CODE):  # its figures would pass for those of the text of that name
         raise UserError(f"{path}: a file of this name is taken for the {path.name}: rename it")
-    if (path.stem if path.suffix in PACKED else path.name) != ENWIK8:
+    if named_text(data_path) != ENWIK8:
         return path.name, _read(path, "check data_path", keep=data_bytes)
     if path.suffix in ("", ".gz") and not path.exists() and "\0" not in data_path:
         _fetch_enwik8(path, progress)

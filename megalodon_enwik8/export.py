@@ -1,7 +1,7 @@
 """A checkpoint as a Hugging Face folder: python -m megalodon_enwik8.export runs/X/final.pt DIR
 
 After `import megalodon`, AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load
-the folder, whichever model it holds.
+the folder, whichever model it holds; programs that import nothing do with trust_remote_code=True.
 """
 
 from __future__ import annotations
@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BYTES = 256
+END = 0  # the byte that ends and pads: no text holds it
 
-# What an export consists of. A folder with other files is somebody's.
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
+# What an export consists of (a Llama's has no modeling file). A folder with other files is
+# somebody's.
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_megalodon.py",
+    "tokenization_megalodon.py",
+    "tokenizer_config.json",
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,11 +48,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export_model(
-    model: PreTrainedModel, folder: str | os.PathLike[str], *, overwrite: bool = False
+    model: PreTrainedModel, card: str, folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
-    """Write a byte-level model and its tokenizer to a folder. Each file is whole or absent; files
-    of other names stay where they are. Raises UserError if the folder holds anything else than an
-    earlier export and `overwrite` is false."""
+    """Write a byte-level model, its tokenizer and its model card to a folder. Each file is whole or
+    absent; files of other names stay where they are. Byte 0 ends and pads what the exported model
+    writes. Raises UserError if the folder holds anything else than an earlier export and
+    `overwrite` is false."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -50,6 +61,8 @@ def export_model(
 
     target = Path(folder)
     check_folder(target, overwrite)
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = settings.pad_token_id = END
     model.generation_config.suppress_tokens = list(range(BYTES, model.config.vocab_size)) or None
     logging.disable_progress_bar()
     target.mkdir(parents=True, exist_ok=True)
@@ -59,6 +72,7 @@ def export_model(
         except SafetensorError as error:
             raise UserError(f"{target}: cannot be written: {error}") from error
         MegalodonTokenizer().save_pretrained(aside)
+        (Path(aside) / "README.md").write_text(card, encoding="utf-8")
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, target / file.name)
 
@@ -66,8 +80,10 @@ def export_model(
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise UserError unless the folder may be written to."""
     if folder.is_dir():
+        # without what a killed export left
         names = {path.name for path in folder.iterdir() if path.suffix != LEFTOVER_SUFFIX}
-        others = sorted(names - FILES)  # and without what a killed export left
+        # A README.md alone is somebody's too.
+        others = sorted(names - FILES if "config.json" in names else names)
         if others and not overwrite:
             raise UserError(
                 f"{folder}: holds {others[0]}{' and more' if others[1:] else ''}, which is no "
@@ -83,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(target, options.overwrite)  # before torch takes seconds to load
 
     from megalodon_enwik8.checkpoint import load_checkpoint
+    from megalodon_enwik8.model_card import model_card
     from megalodon_enwik8.models import count_parameters, restore_model
 
     path = Path(options.checkpoint)
@@ -94,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "whole Megalodons and Llamas are exported"
         )
     model = restore_model(checkpoint, path)
-    export_model(model, target, overwrite=options.overwrite)
+    card = model_card(model, checkpoint, path)
+    export_model(model, card, target, overwrite=options.overwrite)
     print(
         f"{target}: {type(model).__name__} after {checkpoint.step} steps, "
         f"{count_parameters(model):,} parameters"

@@ -72,7 +72,6 @@ class TestPipeline:
     @quiet
     def test_a_batch_of_unequal_prompts_gives_what_each_gives(self, folder: Path) -> None:
         generate = pipeline("text-generation", str(folder))
-        generate.tokenizer.pad_token_id = 0
         prompts = ["a", "Once upon a time", "the sea"]
         options = {"max_new_tokens": CHUNK + 2, "do_sample": False}
         together = generate(prompts, batch_size=3, **options)

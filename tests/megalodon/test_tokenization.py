@@ -6,7 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, LlamaConfig
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    LlamaConfig,
+)
 
 from megalodon import MegalodonConfig, MegalodonTokenizer
 
@@ -19,7 +24,7 @@ SPECIAL = MegalodonTokenizer(
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 SPECIAL_TEXTS = st.lists(
-    st.sampled_from(["<s>", "</s>", "<pad>", "<|sep|>", "é", "<0x41>", "a", "<", "ß\n", "\x00"])
+    st.sampled_from(["<s>", "</s>", "<pad>", "<|sep|>", "é", "<0xC3>", "a", "<", "ß\n", "\x00"])
 ).map("".join)
 
 
@@ -72,41 +77,65 @@ def test_special_tokens_in_data_are_only_bytes(text: str) -> None:
 
 def test_ids_are_the_bytes_and_special_tokens_stand_above() -> None:
     assert PLAIN.vocab_size == len(PLAIN) == 256
-    assert PLAIN.get_vocab() == {f"<0x{i:02X}>": i for i in range(256)}
-    assert not PLAIN.all_special_ids
+    names = [chr(i) if i < 128 else f"<0x{i:02X}>" for i in range(256)]
+    assert PLAIN.get_vocab() == {name: i for i, name in enumerate(names)}
+    assert PLAIN.convert_ids_to_tokens(list(range(256))) == names
+    assert PLAIN.all_special_ids == [0]
     assert len(SPECIAL) == len(SPECIAL.get_vocab()) == 261
     assert sorted(SPECIAL.all_special_ids) == list(range(256, 261))
 
 
+def test_byte_0_ends_and_pads_and_is_a_byte_all_the_same() -> None:
+    assert PLAIN.eos_token_id == PLAIN.pad_token_id == 0
+    assert PLAIN.bos_token_id is None
+    text = "a\x00b<0x00>"
+    ids = PLAIN.encode(text)
+    assert ids == list(text.encode())
+    assert PLAIN.decode_bytes(ids) == text.encode()
+    assert PLAIN.decode(ids) == text
+    assert PLAIN.decode(ids, skip_special_tokens=True) == "ab<0x00>"
+    assert PLAIN.decode_bytes(ids, skip_special_tokens=True) == b"ab<0x00>"
+    # What programs do that end texts themselves: by name, by id, or by what the id decodes to.
+    for end in (PLAIN.eos_token, PLAIN.decode(PLAIN.eos_token_id)):
+        for tokenizer in (PLAIN, MegalodonTokenizer(extra_special_tokens=["<|sep|>"])):
+            assert tokenizer.encode("é" + end) == [195, 169, 0]
+
+
 def test_a_special_token_named_like_a_byte_is_that_byte() -> None:
-    tokenizer = MegalodonTokenizer(pad_token="<0x00>", eos_token="<0x0A>")
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 10, 256)
-    assert tokenizer.encode("a\n\x00b") == [97, 10, 0, 98]
+    tokenizer = MegalodonTokenizer(pad_token="<0xFF>", eos_token="\n")
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (255, 10, 256)
+    assert tokenizer.encode("a\nb<0xFF>") == [97, 10, 98, 255]
     assert tokenizer.decode([97, 10, 0, 98]) == "a\n\x00b"
-    assert tokenizer.decode([97, 10, 0, 98], skip_special_tokens=True) == "ab"
+    assert tokenizer.decode([97, 10, 255, 98], skip_special_tokens=True) == "ab"
 
 
 def test_padding_stands_on_the_left_and_is_masked() -> None:
-    tokenizer = MegalodonTokenizer()
-    tokenizer.pad_token_id = 0
-    batch = tokenizer(["abc", "é", b"\xff"], padding=True, return_tensors="pt")
+    batch = PLAIN(["abc", "é", b"\xff"], padding=True, return_tensors="pt")
     assert batch.input_ids.tolist() == [[97, 98, 99], [0, 195, 169], [0, 0, 255]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
-    right = tokenizer(["abc", "d"], padding=True, padding_side="right")
+    right = PLAIN(["abc", "d"], padding=True, padding_side="right")
     assert right["input_ids"] == [[97, 98, 99], [100, 0, 0]]
-    cut = tokenizer(["abc", "d"], padding="max_length", max_length=2, truncation=True)
+    cut = PLAIN(["abc", "d"], padding="max_length", max_length=2, truncation=True)
     assert cut["input_ids"] == [[97, 98], [0, 100]]
 
 
-def test_padding_without_a_pad_token_says_what_to_do() -> None:
-    tokenizer = MegalodonTokenizer()
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"pad_token_id = 0.*resize_token_embeddings"):
-            tokenizer(["a", "bc"], padding=True)
-        tokenizer.pad_token = "<pad>"  # named, and not in the vocabulary
+def test_collators_pad_with_nothing_set_by_hand() -> None:
+    rows = [PLAIN("ab"), PLAIN("c")]
+    batch = DataCollatorWithPadding(PLAIN)(rows)
+    assert batch["input_ids"].tolist() == [[97, 98], [0, 99]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    batch = DataCollatorForLanguageModeling(PLAIN, mlm=False)(rows)
+    assert batch["labels"].tolist() == [[97, 98], [-100, 99]]
 
 
-def test_the_collator_for_language_models_pads_and_labels() -> None:
+def test_without_a_pad_token_padding_is_refused() -> None:
+    tokenizer = MegalodonTokenizer(eos_token=None, pad_token=None)
+    assert not tokenizer.all_special_ids
+    with pytest.raises(ValueError, match="does not have a padding token"):
+        tokenizer(["a", "bc"], padding=True)
+
+
+def test_the_collator_for_language_models_takes_an_added_pad_token() -> None:
     tokenizer = MegalodonTokenizer(pad_token="<pad>")
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     batch = collate([tokenizer("ab"), tokenizer("c")])
@@ -136,7 +165,7 @@ def test_auto_tokenizer_brings_it_back_as_it_was(
         special_tokens_pattern="bos_eos",
         bos_token="<s>",
         eos_token="</s>",
-        pad_token="<0x00>",
+        pad_token="\x00",
         padding_side="right",
         chat_template="{% for m in messages %}<s>{{ m['content'] }}{% endfor %}",
     )
@@ -159,9 +188,12 @@ def test_defaults_come_back_too(tmp_path: Path) -> None:
     MegalodonConfig(num_layers=1).save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert (again.padding_side, again.errors, len(again)) == ("left", "replace", 256)
-    assert again.encode("é") == [195, 169]
-    padded = AutoTokenizer.from_pretrained(tmp_path, pad_token="<0x00>")
-    assert padded(["a", "bc"], padding=True)["input_ids"] == [[0, 97], [98, 99]]
+    assert (again.pad_token_id, again.eos_token_id, again.all_special_ids) == (0, 0, [0])
+    assert again.encode("é<0x00>") == [195, 169, *b"<0x00>"]
+    MegalodonTokenizer(eos_token=None, pad_token=None).save_pretrained(tmp_path)
+    assert not AutoTokenizer.from_pretrained(tmp_path).all_special_ids
+    padded = AutoTokenizer.from_pretrained(tmp_path, pad_token="\n")
+    assert padded(["a", "bc"], padding=True)["input_ids"] == [[10, 97], [98, 99]]
 
 
 class TestBadInput:
@@ -182,4 +214,4 @@ class TestBadInput:
             PLAIN.decode([97], spaces_between_special_tokens=True)
 
     def test_an_unknown_token_has_no_id(self) -> None:
-        assert PLAIN.convert_tokens_to_ids("<0x100>") is None
+        assert PLAIN.convert_tokens_to_ids("<0x41>") is None

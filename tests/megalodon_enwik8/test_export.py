@@ -11,14 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from megalodon import MegalodonTokenizer
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.export import FILES, main
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import build_model, restore_model
+from megalodon_enwik8.run_folder import read_metrics
 from megalodon_enwik8.safety import UserError, run_main
+from megalodon_enwik8.training import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,20 +49,24 @@ def checkpoint(make_tiny: Any, model_name: str, tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "run" / "final.pt", make_tiny(model_name))
 
 
+def files_of(model_name: str) -> set[str]:
+    return FILES - ({"modeling_megalodon.py"} if model_name == "llama" else set())
+
+
 def export(checkpoint: Path, folder: Path, *options: str) -> int:
     return main([str(checkpoint), str(folder), *options])
 
 
 @torch.no_grad()
 def test_the_folder_holds_the_model_and_its_tokenizer(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, model_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "made" / "here"
     assert export(checkpoint, folder) == 0
     out, err = capsys.readouterr()
     assert re.fullmatch(r".*here: \w+ForCausalLM after 3 steps, [\d,]+ parameters\n", out)
     assert err == ""
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} == files_of(model_name)
     expected = restore_model(load_checkpoint(checkpoint), checkpoint)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.randint(0, 256, (2, 20))
@@ -66,7 +80,133 @@ def test_the_folder_holds_the_model_and_its_tokenizer(
         prompt, max_new_tokens=12, do_sample=False, return_full_text=False
     )
     new = generate_bytes(expected, prompt.encode(), length=12, seed=0, temperature=0)
-    assert found[0]["generated_text"] == new.decode(errors="replace")
+    assert found[0]["generated_text"] == new.split(b"\0")[0].decode(errors="replace")
+
+
+def test_byte_0_ends_what_an_export_writes_and_what_a_checkpoint_writes_it_does_not(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    export(checkpoint, tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    for settings in (model.config, model.generation_config):
+        assert settings.eos_token_id == settings.pad_token_id == 0
+    ids = torch.tensor([[97, 98]])
+    options = {"max_new_tokens": 5, "do_sample": False, "sequence_bias": {(0,): 1e6}}
+    options["attention_mask"] = torch.ones_like(ids)
+    assert model.generate(ids, **options).tolist() == [[97, 98, 0]]
+    before = restore_model(load_checkpoint(checkpoint), checkpoint)
+    assert before.generate(ids, **options).tolist() == [[97, 98, 0, 0, 0, 0, 0]]
+
+
+def test_an_export_pads_and_trains_with_nothing_set_by_hand(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(checkpoint, tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    prompts = ["a", "Once upon a time", "the sea"]
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    together = generate(prompts, batch_size=3, **options)
+    assert together == [generate(prompt, **options) for prompt in prompts]
+
+    caplog.clear()  # earlier versions of transformers warn of their own pipeline
+    rows = [tokenizer(text) for text in prompts]
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(tmp_path / "trained"),
+            per_device_eval_batch_size=3,
+            per_device_train_batch_size=3,
+            max_steps=9,
+            learning_rate=3e-3,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.1
+    trainer.save_model()
+    assert files_of(str(model.config.model_type)) - {"README.md"} <= {
+        path.name for path in (tmp_path / "trained").iterdir()
+    }
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_the_tour_of_clients_runs_as_printed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tour = (ROOT / "docs" / "clients.md").read_text()
+    blocks = dict(re.findall(r"## ([^\n]+)\n\n```(?:python|sh)\n(.*?)```", tour, re.S))
+    assert len(blocks) == 6
+    assert all(block.count("\n") <= 10 for block in blocks.values())
+    export(checkpoint, tmp_path / "exported")
+    (tmp_path / "texts.txt").write_text("the state of a text\nis read once\nand kept\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for client in ("transformers", "Trainer", "peft", "torch.compile and torch.export"):
+        exec(blocks[client], {})
+
+
+class TestModelCard:
+    def test_states_what_the_run_measured(self, make_tiny: Any, tmp_path: Path) -> None:
+        config = make_tiny("megalodon", full_validation=True)
+        assert train(config) == 0
+        run = Path(config.run_dir)
+        by_step = {row["step"]: row for row in read_metrics(run / "metrics.jsonl")}
+        for name, step in (("final.pt", 6), ("checkpoint_00000004.pt", 4)):
+            export(run / name, tmp_path / "exported")
+            card = (tmp_path / "exported" / "README.md").read_text()
+            row = by_step[step]
+            loss, bpc = f"{row['val_loss']:.4f}", f"{row['val_bpc']:.4f}"
+            where = "4 windows of 24 bytes, evenly spaced over the validation split"
+            assert f"| {loss} | {bpc} | {where} |" in card
+            assert ("the whole validation split" in card) is (step == 6)
+            if step == 6:
+                assert f"| {row['full_val_loss']:.4f} | {row['full_val_bpc']:.4f} |" in card
+            assert f"`words.txt`, a file: {step} steps, 4 sequences of 24 bytes" in card
+            assert load_checkpoint(run / name).corpus_sha256 in card
+            assert "**Licence of the text**: not known" in card
+            assert str(tmp_path) not in card
+
+    def test_names_the_text_and_its_licence(
+        self, make_tiny: Any, model_name: str, tmp_path: Path
+    ) -> None:
+        texts = {"sample": "GFDL", "data/enwik8.gz": "GFDL", "code": "Apache-2.0"}
+        for data_path, licence in texts.items():
+            path = write_checkpoint(tmp_path / "one.pt", make_tiny(model_name, data_path=data_path))
+            export(path, tmp_path / "exported")
+            card = (tmp_path / "exported" / "README.md").read_text()
+            assert re.search(rf"\*\*Licence of the text\*\*: .*{licence}", card)
+            front = yaml.safe_load(card.split("---")[1])
+            assert front["tags"] == [model_name, "byte-level"]
+
+    def test_invents_no_loss(self, make_tiny: Any, tmp_path: Path) -> None:
+        config = make_tiny("megalodon")
+        assert train(config) == 0
+        run, moved = Path(config.run_dir), tmp_path / "moved" / "final.pt"
+        moved.parent.mkdir()
+        moved.write_bytes((run / "final.pt").read_bytes())
+
+        def card_of(path: Path) -> str:
+            export(path, tmp_path / "exported")
+            return (tmp_path / "exported" / "README.md").read_text()
+
+        assert "| loss" in card_of(run / "final.pt")
+        assert "Its loss is not known" in card_of(moved)
+        # Beside the files of another run.
+        moved.with_name("metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+        other = make_tiny("megalodon", seed=8).to_yaml()
+        moved.with_name("config.yaml").write_text(other)
+        assert "Its loss is not known" in card_of(moved)
 
 
 def test_a_vocabulary_wider_than_the_bytes_generates_bytes_only(
@@ -91,13 +231,18 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(
     export(other, folder)
     (folder / ".killed.writing").rmdir()
     assert (folder / "model.safetensors").read_bytes() != before
+    readme = tmp_path / "mine" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text("a folder of mine")
+    with pytest.raises(UserError, match=r"holds README\.md, which is no part of an export"):
+        export(checkpoint, readme.parent)
     (folder / "thesis.tex").write_text("all of it")
     with pytest.raises(UserError, match=r"holds thesis\.tex, which is no part of an export"):
         export(checkpoint, folder)
     export(checkpoint, folder, "--overwrite")
     assert (folder / "model.safetensors").read_bytes() == before
     assert (folder / "thesis.tex").read_text() == "all of it"
-    assert {path.name for path in folder.iterdir()} == {*FILES, "thesis.tex"}
+    assert {path.name for path in folder.iterdir()} == {*files_of(model_name), "thesis.tex"}
 
 
 @pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
@@ -160,7 +305,10 @@ def test_the_example_in_the_readme_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     start, arguments = "python -m megalodon_enwik8.export ", shlex.split(command)[3:]
     assert command.startswith(start)
-    write_checkpoint(Path(arguments[0]), make_tiny("megalodon"))
+    run = str(Path(arguments[0]).parent)
+    # After so many steps byte 0, which would end the text, is too unlikely for min_p.
+    options = {"num_batches": 20, "learning_rate": 1e-2, "save_every": 0, "validate_every": 0}
+    assert train(make_tiny("megalodon", run_dir=run, **options)) == 0
     assert main(arguments) == 0
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, timeout=120, check=False

@@ -1,0 +1,110 @@
+"""The README.md of an exported model: only what its checkpoint and its run folder say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from megalodon_enwik8.checkpoint import Checkpoint
+from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.data import CODE, ENWIK8, SAMPLE, named_text
+from megalodon_enwik8.evaluation import bits_per_byte
+from megalodon_enwik8.models import count_parameters
+from megalodon_enwik8.run_folder import Row, read_metrics
+from megalodon_enwik8.safety import UserError
+
+TEXTS = {
+    ENWIK8: ("an XML dump of the English Wikipedia", "CC BY-SA and GFDL"),
+    SAMPLE: ("an excerpt of an XML dump of the English Wikipedia", "CC BY-SA and GFDL"),
+    CODE: ("Python sources of torch and transformers", "BSD-3-Clause and Apache-2.0"),
+}
+UNKNOWN = ("a file", "not known to the program that wrote this: state it before you publish")
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {title} that reads and writes bytes
+
+A `{kind}` of {parameters:,} parameters. A token is a byte; byte 0 ends a text and pads it.
+
+- **Trained on** `{text}`, {description}: {steps:,} steps, {sequences} sequences of {length} bytes
+  each. SHA-256 of the text, nine tenths of which are for training and the rest for validation:
+  `{sha256}`.
+- **Licence of the text**: {licence}.
+
+{results}
+## Load it
+
+With the library of megalodon-enwik8 installed (in a clone of it: `pip install .`):
+
+```python
+import megalodon  # makes its classes known to transformers
+from transformers import pipeline
+
+generate = pipeline("text-generation", "DIR")  # this folder
+print(generate("The history of ", max_new_tokens=200, min_p=0.1)[0]["generated_text"])
+```
+
+Programs that import nothing load it with `trust_remote_code=True`: the files that this runs
+import the same library.
+"""
+
+
+def model_card(model: PreTrainedModel, checkpoint: Checkpoint, path: Path) -> str:
+    """The model card of a model and the checkpoint, read from `path`, that it was made of."""
+    config = checkpoint.experiment(path)
+    text = named_text(config.data_path)
+    description, licence = TEXTS.get(text, UNKNOWN)
+    return CARD.format(
+        tags=f"{config.model}, byte-level",
+        title=f"A {config.model.capitalize()}",
+        kind=type(model).__name__,
+        parameters=count_parameters(model),
+        text=text,
+        description=description,
+        steps=checkpoint.step,
+        sequences=config.sequences_per_step,
+        length=config.seq_len,
+        sha256=checkpoint.corpus_sha256,
+        licence=licence,
+        results=_results(config, find_row(checkpoint, path)),
+    )
+
+
+def find_row(checkpoint: Checkpoint, path: Path) -> Row:
+    """What the run's metrics.jsonl says of the weights of a checkpoint that was read from `path`;
+    empty where it does not lie in its own run's folder."""
+    try:
+        if load_config(path.with_name("config.yaml")).used() != checkpoint.config:
+            return {}
+    except UserError:
+        return {}
+    rows = read_metrics(path.with_name("metrics.jsonl"), strict=False)
+    return next((row for row in rows if row["step"] == checkpoint.step), {})
+
+
+def _results(config: ExperimentConfig, row: Row) -> str:
+    count, length = config.val_batches, config.seq_len
+    windows = f"{count} windows of {length} bytes, evenly spaced over the validation split"
+    if config.val_windows == "search":
+        windows = f"the {count - 1} windows midway between {windows}"
+    measured = {
+        "val_loss": windows,
+        "full_val_loss": f"the whole validation split, in windows of {length} bytes side by side",
+    }
+    lines = [
+        f"| {row[name]:.4f} | {bits_per_byte(row[name]):.4f} | {where} |"
+        for name, where in measured.items()
+        if name in row
+    ]
+    if not lines:
+        return "Its loss is not known: no run folder told of it when this was written.\n"
+    precision = "bfloat16 autocast" if config.use_autocast else "float32"
+    head = ["| loss, nats per byte | BPC, bits per byte | on |", "|---|---|---|"]
+    foot = f"Measured in {precision}; each byte is predicted from those before it in its window."
+    return "\n".join([*head, *lines, "", foot, ""])
