@@ -15,6 +15,7 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   sample: GROUP                     what the first run of the group wrote
   search: search.jsonl              steps: train.json              context: context.json
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
+  recall: SVG | recall.json
 
 With | train.json at their end, compare, headline and curves take seconds and memory from what
 `benchmark train` measured: they show no seconds in which the machine did something else as well.
@@ -53,6 +54,7 @@ FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "curves": (pictures.draw_curves, "picture runs [timing]"),
     "contexts": (pictures.draw_contexts, "picture file"),
     "distances": (pictures.draw_distances, "picture files"),
+    "recall": (pictures.draw_recall, "picture file"),
 }
 
 

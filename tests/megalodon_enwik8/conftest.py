@@ -134,5 +134,5 @@ def processes() -> Any:
     """Starts processes that have torch loaded already, with one thread as here."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megalodon_enwik8.training", "megalodon_enwik8.megalodon"])
+    context.set_forkserver_preload(["megalodon_enwik8.training"])
     return context

@@ -1,0 +1,159 @@
+"""Whether a model remembers: both learn to say a key's value again, after a gap:
+
+python -m megalodon_enwik8.recall results/recall.json
+
+Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS keys, each
+with a value behind it, then a gap of other tokens, then the keys in another order, each with its
+value. Only those values count. A chance hit is one in VALUES.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.device import autocast, choose_device, device_name
+from megalodon_enwik8.models import build_model, byte_losses, count_parameters
+from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
+from megalodon_enwik8.training import derive_seed, make_optimizer
+
+KEYS, VALUES, OTHERS = 64, 64, 128  # token ids, in this order
+PAIRS = 8
+CHUNK = 64
+GAPS = {16: 0, 32: 0, 64: 1, 128: 2, 256: 4}
+"""The lengths of the gap, and how many borders of chunks lie between a key and its return."""
+
+MODELS: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly as many parameters
+    "megalodon": {
+        "model_dim": 128, "num_layers": 2, "num_heads": 1, "z_dim": 64, "value_dim": 128,
+        "ffn_hidden_dim": 220, "chunk_size": CHUNK, "init_mode": "fan_in",
+    },
+    "llama": {
+        "dim": 128, "depth": 2, "heads": 2, "dim_head": 64, "ffn_dim_multiplier": 2.0,
+        "llama_init": "fan_in",
+    },
+}  # fmt: skip
+RECIPE = {
+    "use_autocast": False,
+    "optimizer": "adamw",
+    "beta2": 0.95,
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+}
+RATES = (1e-3, 3e-3)
+TEST_ROWS = 256
+
+
+def draw(rows: int, gap: int, seed: int) -> torch.Tensor:
+    """(rows, 4 PAIRS + gap) int64; the values that count stand at ANSWERS."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orders(of: int) -> torch.Tensor:
+        return torch.rand(rows, of, generator=generator).argsort(1)[:, :PAIRS]
+
+    keys = orders(KEYS)
+    values = torch.randint(KEYS, KEYS + VALUES, keys.shape, generator=generator)
+    pairs = torch.stack([keys, values], dim=2)  # (rows, PAIRS, 2)
+    again = pairs.take_along_dim(orders(PAIRS).unsqueeze(2), dim=1)
+    low, high = KEYS + VALUES, KEYS + VALUES + OTHERS
+    others = torch.randint(low, high, (rows, gap), generator=generator)
+    return torch.cat([pairs.flatten(1), others, again.flatten(1)], dim=1)
+
+
+ANSWERS = slice(1 - 2 * PAIRS, None, 2)
+"""Where they stand in a sequence, and in what predicts all of it but the first token."""
+
+
+def config_of(model: str, rate: float, seed: int, steps: int) -> ExperimentConfig:
+    run = {"learning_rate": rate, "seed": seed, "num_batches": steps, "warmup_steps": steps // 10}
+    values = {"run_dir": "unused", "model": model, **MODELS[model], **RECIPE, **run}
+    return make_config(values, "the probe")
+
+
+def train(config: ExperimentConfig, rows: int, device: torch.device) -> PreTrainedModel:
+    """A model that has learned for `num_batches` steps of `rows` sequences, the gaps by turns."""
+    model = build_model(config)
+    model.to(device)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model.train(), config)
+    gaps = list(GAPS)
+    for step in tqdm(range(config.num_batches), unit="step", disable=None):
+        batch = draw(rows, gaps[step % len(gaps)], derive_seed(config.seed, step, "recall"))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        with autocast(device, config.use_autocast):
+            byte_losses(model, batch.to(device))[:, ANSWERS].mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, gap: int, use_autocast: bool) -> float:
+    """The share of values that are said right, of sequences that no training drew."""
+    device = next(model.parameters()).device
+    batch = draw(TEST_ROWS, gap, derive_seed(-1, gap, "recall")).to(device)
+    with autocast(device, use_autocast):
+        said = model(input_ids=batch[:, :-1], use_cache=False).logits[:, ANSWERS].argmax(-1)
+    return float((said == batch[:, ANSWERS]).float().mean())
+
+
+def probe(out: Path, seeds: Sequence[int], steps: int, rows: int) -> None:
+    """Train each model at each rate with each seed, and add what it remembers to `out`; what is
+    there is not made again."""
+    device = choose_device()
+    measured: dict[str, Any] = {"steps": steps, "sequences": rows, "chunk": CHUNK, "rows": []}
+    if out.exists():
+        try:
+            before = json.loads(out.read_text())
+        except ValueError:
+            raise UserError(f"{out}: holds something else: name another file") from None
+        if {**before, "rows": []} != measured:
+            raise UserError(f"{out}: was made with other steps or sequences: name another file")
+        measured = before
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for seed, rate, name in ((s, r, n) for s in seeds for r in RATES for n in MODELS):
+        key = {"model": name, "learning_rate": rate, "seed": seed}
+        if any(row | key == row for row in measured["rows"]):
+            continue
+        config = config_of(name, rate, seed, steps)
+        began = time.perf_counter()
+        model = train(config, rows, device)
+        row: dict[str, Any] = {
+            **key,
+            "parameters": count_parameters(model),
+            "accuracy": {str(gap): accuracy(model, gap, config.use_autocast) for gap in GAPS},
+            "seconds": time.perf_counter() - began,
+            "device": device_name(device),
+            "torch": torch.__version__,
+        }
+        measured["rows"].append(row)
+        with atomic_write(out) as file:
+            file.write((json.dumps(measured, indent=2) + "\n").encode())
+        said = ", ".join(f"{gap}: {share:.2f}" for gap, share in row["accuracy"].items())
+        print(f"{name}, {rate:g}, seed {seed}: right after a gap of {said}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m megalodon_enwik8.recall", description=__doc__)
+    count = whole_number(1)
+    parser.add_argument("out", metavar="FILE", help="for the figures, a .json; is gone on with")
+    parser.add_argument("--seeds", nargs="+", type=count, default=[7, 8, 9], help="(7 8 9)")
+    parser.add_argument("--steps", type=count, default=2000, help="(%(default)s)")
+    parser.add_argument("--sequences", type=count, default=64, help="in a step (%(default)s)")
+    options = parser.parse_args(argv)
+    probe(Path(options.out), options.seeds, options.steps, options.sequences)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""The recall probe asks what it says, of both models alike, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalodon_enwik8 import recall
+from megalodon_enwik8.models import build_model, count_parameters
+from megalodon_enwik8.recall import ANSWERS, CHUNK, GAPS, KEYS, OTHERS, PAIRS, VALUES, draw
+from megalodon_enwik8.report.pictures import draw_recall
+from megalodon_enwik8.safety import UserError
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_each_key_comes_back_with_its_value(gap: int) -> None:
+    batch = draw(3, gap, seed=1)
+    assert batch.shape == (3, 4 * PAIRS + gap)
+    for row in batch.tolist():
+        first, again = row[: 2 * PAIRS], row[-2 * PAIRS :]
+        pairs = dict(zip(first[::2], first[1::2], strict=True))
+        assert len(pairs) == PAIRS
+        assert dict(zip(again[::2], again[1::2], strict=True)) == pairs
+        assert all(key < KEYS <= value < KEYS + VALUES for key, value in pairs.items())
+        assert all(KEYS + VALUES <= t < KEYS + VALUES + OTHERS for t in row[2 * PAIRS : -2 * PAIRS])
+        assert row[ANSWERS] == again[1::2] == row[1:][ANSWERS]
+
+
+@pytest.mark.parametrize(("gap", "borders"), GAPS.items())
+def test_gaps_cross_as_many_borders_as_they_say(gap: int, borders: int) -> None:
+    """From any key to its return."""
+    first = (0, 2 * PAIRS - 2)
+    again = (2 * PAIRS + gap, 4 * PAIRS + gap - 1)
+    crossed = {b // CHUNK - a // CHUNK for a in first for b in again}
+    assert crossed == {borders}
+
+
+def test_sequences_are_a_function_of_the_seed() -> None:
+    assert torch.equal(draw(4, 16, seed=1), draw(4, 16, seed=1))
+    assert not torch.equal(draw(4, 16, seed=1), draw(4, 16, seed=2))
+
+
+def test_both_models_have_as_many_parameters() -> None:
+    ours, theirs = (
+        count_parameters(build_model(recall.config_of(model, 1e-3, 7, 10)))
+        for model in ("megalodon", "llama")
+    )
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_a_probe_goes_on_and_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "recall.json"
+    monkeypatch.setattr(recall, "RATES", (1e-3,))
+    monkeypatch.setattr(recall, "TEST_ROWS", 4)
+    for seeds in (["7"], ["7", "8"]):
+        assert recall.main([str(out), "--steps", "2", "--sequences", "2", "--seeds", *seeds]) == 0
+        assert capsys.readouterr().out.count("right after a gap of") == 2  # of the new seed alone
+    measured = json.loads(out.read_text())
+    assert [(row["model"], row["seed"]) for row in measured["rows"]] == [
+        (model, seed) for seed in (7, 8) for model in ("megalodon", "llama")
+    ]
+    for row in measured["rows"]:
+        assert list(row["accuracy"]) == [str(gap) for gap in GAPS]
+        assert all(0 <= share <= 1 for share in row["accuracy"].values())
+    thin_and_thick = 2 * (2 + 1) + 1  # and the dotted one
+    assert len(draw_recall(measured).axes[0].get_lines()) == thin_and_thick
+    with pytest.raises(UserError, match="was made with other steps or sequences: name another"):
+        recall.main([str(out), "--steps", "3"])
+    out.write_text("not JSON")
+    with pytest.raises(UserError, match="holds something else: name another file"):
+        recall.main([str(out)])
