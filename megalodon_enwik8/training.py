@@ -274,7 +274,9 @@ class Trainer:
         """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
         config, step = self.config, self.step
         began = time.perf_counter()
-        torch.manual_seed(derive_seed(config.seed, step, "dropout"))
+        # The first process draws what one alone would; the others must not draw the same.
+        purpose = f"dropout {self.world.rank}" if self.world.rank else "dropout"
+        torch.manual_seed(derive_seed(config.seed, step, purpose))
         batch = training_batch(
             self.corpus.train,
             seed=config.seed,

@@ -14,6 +14,7 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   commands: RUNS                    a line for each run: how to make it again
   sample: GROUP                     what the first run of the group wrote
   search: search.jsonl              steps: train.json              context: context.json
+  scaling: FLOPS BYTES SHARE        for a device: flop/s, bytes/s sent, share of the time to send
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
   recall: SVG | recall.json
 
@@ -51,6 +52,7 @@ FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "search": (tables.search, "files"),
     "steps": (tables.steps_table, "file"),
     "context": (tables.context_table, "file"),
+    "scaling": (tables.scaling, "numbers"),
     "curves": (pictures.draw_curves, "picture runs [timing]"),
     "contexts": (pictures.draw_contexts, "picture file"),
     "distances": (pictures.draw_distances, "picture files"),
@@ -59,8 +61,8 @@ FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 def read_argument(kind: str, text: str, root: Path) -> Any:
-    """An argument of a marker: groups, or what JSON files (or the lines of a .jsonl) hold."""
-    if kind == "title":
+    """An argument of a marker: text, groups, or what JSON files (or the lines of a .jsonl) hold."""
+    if kind in ("title", "numbers"):
         return text
     if kind in ("group", "runs"):
         return (one_group if kind == "group" else find_groups)(text.split(), root)

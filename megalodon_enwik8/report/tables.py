@@ -1,4 +1,4 @@
-"""Markdown tables of groups of runs, of a search and of benchmarks."""
+"""Markdown tables of groups of runs, of a search, of benchmarks and of the cost model."""
 
 from __future__ import annotations
 
@@ -353,3 +353,48 @@ def context_table(measured: dict[str, Any]) -> str:
             )
         parts += [what, table(["context", *names], lines)]
     return "\n\n".join([*parts, *given_up(rows)]) + "\n"
+
+
+# Tables of the cost model
+
+RELEASED = ("mega200m", "mega1_3b", "mega1_3b_pg19", "mega7_1b", "mega7_3b")
+WAYS = ("DDP", "FSDP2", "along time")
+PROCESSES = (8, 64, 1024)
+LENGTHS = {f"{kibi}k": kibi * 1024 for kibi in (4, 16, 64, 256)} | {"1M": 1024**2}
+
+
+def scaling(numbers: str) -> str:
+    """What the released models send and compute in several processes, and how far each way pays.
+    numbers: of a Device, with spaces between. Raises ValueError for others."""
+    # Here, since all other tables do without PyTorch, which takes seconds to load.
+    from megalodon import MegalodonConfig
+    from megalodon_enwik8.scaling import Costs, Device
+
+    device = Device(*map(float, numbers.split(maxsplit=2)))
+    if not all(0 < number < math.inf for number in device):
+        raise ValueError(numbers)
+    sent, work, ends = [], [], []
+    for name in RELEASED:
+        costs = Costs(getattr(MegalodonConfig, name)())
+        ways = (costs.data_parallel, costs.sharded, costs.along_time)
+        for count in PROCESSES:
+            megabytes = [f"{number / 1e6:,.1f}" for way in ways for number in way(count)]
+            sent.append([name, f"{count:,}", *megabytes])
+        flops = [f"{costs.flops(tokens) / 1e12:,.0f}" for tokens in LENGTHS.values()]
+        work.append([name, f"{costs.parameters:,}", *flops])
+        least = [costs.least_tokens(way(n), device) for way in ways[:2] for n in PROCESSES[::2]]
+        most = [costs.most_along_time(tokens, device) for tokens in LENGTHS.values()]
+        ends.append([name, *(f"{number:,}" for number in [*least, *most])])
+    each = [f"{way}, {unit}" for way in WAYS for unit in ("layer", "step")]
+    fewest = [f"{way}, N = {n:,}" for way in WAYS[:2] for n in PROCESSES[::2]]
+    parts = [
+        "Sent by each of N processes, in MB; along time for each sequence, of any length:",
+        table(["model", "N", *each], sent),
+        "Computed for a sequence of so many tokens, in Tflop:",
+        table(["model", "parameters", *LENGTHS], work),
+        f"At {device.flops / 1e12:g} Tflop/s, {device.link / 1e9:g} GB/s and a share of "
+        f"{device.share:g}: the fewest tokens of a step that each process must have, and the most "
+        "processes along time for a sequence of so many tokens:",
+        table(["model", *fewest, *(f"K at {length}" for length in LENGTHS)], ends),
+    ]
+    return "\n\n".join(parts)

@@ -94,6 +94,8 @@ def test_a_page_or_picture_that_is_behind_its_runs_is_told(
         ("<!-- compare: runs/* | runs/* -->\n<!-- /compare -->", 2, "two recipes"),
         ("<!-- curves: a.txt | runs/* -->\n<!-- /curves -->", 2, "must end in .svg"),
         ("<!-- steps: PAGE.md -->\n<!-- /steps -->", 2, "PAGE.md: is not JSON"),
+        ("<!-- scaling: 4e14 5e10 -->\n<!-- /scaling -->", 2, "5e10: holds no such figures"),
+        ("<!-- scaling: 4e14 0 1 -->\n<!-- /scaling -->", 2, "4e14 0 1: holds no such figures"),
         ("<!-- steps: other.json -->\n<!-- /steps -->", 2, "other.json: holds no such figures"),
     ],
 )
@@ -124,7 +126,8 @@ def test_all_markers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_committed_pages_are_what_the_report_makes_of_the_committed_results() -> None:
-    assert main(["--check", str(ROOT / "RESULTS.md"), str(ROOT / "README.md")]) == 0
+    pages = [str(ROOT / name) for name in ("RESULTS.md", "README.md", "docs/scaling.md")]
+    assert main(["--check", *pages]) == 0
 
 
 def test_a_context_picture_shows_every_figure_that_was_measured(tmp_path: Path) -> None:
