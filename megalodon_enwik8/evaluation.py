@@ -2,6 +2,8 @@
 
 python -m megalodon_enwik8.evaluation runs/X/final.pt [--context N [--stride S] | --stream]
 
+or, shared out between N processes: torchrun --nproc_per_node=N -m megalodon_enwik8.evaluation ...
+
 The first byte of a text is given; each other byte is predicted once. A text is read in windows
 that start afresh, or as streams whose state goes on from piece to piece.
 """
@@ -28,7 +30,7 @@ from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.data import Bytes, load_corpus
 from megalodon_enwik8.device import autocast, choose_device, device_name, peak_memory_bytes
-from megalodon_enwik8.distributed import World
+from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import byte_losses, keeps_a_state, new_state, restore_model
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 
@@ -196,29 +198,35 @@ def score_streams(
     segment: int,
     use_autocast: bool,
     progress: bool = False,
+    world: World | None = None,
 ) -> Score:
     """Score `text` as `streams` texts side by side, each read from its first byte to its last with
     its state carried from one piece of `segment` bytes to the next.
 
-    The streams follow each other in the text and differ by one byte at most.
+    The streams follow each other in the text and differ by one byte at most. In a world of several
+    each reads its share of them.
     text: at least `streams` + 1 bytes. Raises UserError for a model without a state.
     """
+    world = world or World(torch.device("cpu"))
     score, predicted = Score(), len(text) - 1
     length, longer = divmod(predicted, streams)  # so many streams have one byte more
-    firsts = [row * length + min(row, longer) for row in range(streams)]
+    mine = range(streams)[world.rank :: world.size]
+    firsts = [row * length + min(row, longer) for row in mine]
+    longer = len([row for row in mine if row < longer])
     state = new_state(model)
     bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
     with bar, reading(model):
-        for start in range(0, length, segment):
+        for start in range(0, length if firsts else 0, segment):
             size = min(segment, length - start)
             rows = _stack(text, [first + start for first in firsts], size)
             score.add(_losses(model, rows, use_autocast, state), start + 1)
-            score.state_bytes = state.nbytes // streams
+            score.state_bytes = state.nbytes // len(mine)
             bar.update(rows[:, 1:].numel())
         if longer:
             state.batch_select_indices(torch.arange(longer))
             rows = _stack(text, [first + length for first in firsts[:longer]], 1)
             score.add(_losses(model, rows, use_autocast, state), length + 1)
+    score.gather(world)
     return score
 
 
@@ -272,7 +280,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    device, path = choose_device(), Path(options.checkpoint)
+    device = choose_device()
+    with join(device) as world:
+        return _evaluate(options, device, world)
+
+
+def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -> int:
+    path = Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
     config = checkpoint.experiment(path)
     model = restore_model(checkpoint, path)
@@ -294,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     how = _how_to_read(options, config, len(text))
     began = time.perf_counter()
     score_text: Callable[..., Score] = score_streams if options.stream else score_windows  # type: ignore[assignment]
-    score = score_text(model, text, **how, use_autocast=config.use_autocast, progress=True)
+    shared = {"use_autocast": config.use_autocast, "progress": world.is_main, "world": world}
+    score = score_text(model, text, **how, **shared)
     seconds = time.perf_counter() - began
     result = {
         "checkpoint": str(path),
@@ -311,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "loss": score.loss,
         "bpc": bits_per_byte(score.loss),
         "state_bytes": score.state_bytes,
+        "processes": world.size,
         "by_distance": score.by_distance(),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(device),
@@ -321,8 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     label = "-".join(f"{name}{value}" for name, value in how.items())
     name = f"{path.stem}-{corpus.name}-{options.split}-{label}.json"
     out = Path(options.out) if options.out else path.with_name(name)
-    with atomic_write(out) as file:
-        file.write((json.dumps(result, indent=2) + "\n").encode())
+    if world.is_main:
+        with atomic_write(out) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
     print(f"written: {out}")
     return 0
 

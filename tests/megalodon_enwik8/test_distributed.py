@@ -118,6 +118,25 @@ def test_four_processes_share_sequences_and_time(folder: Path) -> None:
     assert_same_run(folder / "four", folder / "one")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--stream", "--streams", "3", "--segment", "40"], []])
+def test_a_split_is_scored_the_same_by_several(how: list[str], folder: Path) -> None:
+    assert train(load_config("tiny.yaml", ["run_dir=one", "num_batches=1"])) == 0
+    script = ROOT / "megalodon_enwik8" / "evaluation.py"
+    scores = []
+    for count in (1, 2):
+        options = ["one/final.pt", *how, "--out", f"{count}.json"]
+        code, said = outcome(torchrun(count, script, *options, cwd=folder))
+        assert code == 0, said
+        assert said.count("nats per byte") == 1
+        scores.append(json.loads(Path(f"{count}.json").read_text()))
+    for key in ("loss", "predicted", "state_bytes"):
+        assert scores[0][key] == pytest.approx(scores[1][key], rel=1e-9)
+    assert [row["predicted"] for row in scores[0]["by_distance"]] == [
+        row["predicted"] for row in scores[1]["by_distance"]
+    ]
+
+
 MISTAKES = {
     "chunk_parallel=3": (2, "chunk_parallel=3: seq_len=64 must be that many parts of whole chunks"),
     "chunk_parallel=2": (3, "chunk_parallel=2: needs a multiple of 2 processes"),
