@@ -67,12 +67,12 @@ def same_from_here(
 @pytest.mark.parametrize(
     "sizes", [[2 * CHUNK], [1] * 2 * CHUNK, [3, 1, 1, CHUNK, CHUNK - 5]], ids=str
 )
-@pytest.mark.parametrize("before", [0, 3, CHUNK])
+@pytest.mark.parametrize("before", [0, 3])
 def test_a_cropped_cache_is_one_that_never_saw_what_was_removed(
     model: MegalodonForCausalLM, ids: Tensor, sizes: list[int], before: int
 ) -> None:
     """Read in one call, in single steps and in pieces, over chunk borders, and once more."""
-    for removed in (0, 1, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK):
+    for removed in (1, CHUNK + before, 2 * CHUNK):
         cache, never = MegalodonCache(model.config), MegalodonCache(model.config)
         if before:
             read(model, cache, ids[:, :before], [before])
@@ -82,8 +82,8 @@ def test_a_cropped_cache_is_one_that_never_saw_what_was_removed(
         left = before + 2 * CHUNK - removed
         if left:
             read(model, never, ids[:, :left], [left])
-        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache]
-        for each in copies:
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))] if removed == 1 else []
+        for each in [*copies, cache]:
             same_from_here(model, each, copy.deepcopy(never))
         cache.crop(-(CHUNK + 3))  # what was read since
         same_from_here(model, cache, never)

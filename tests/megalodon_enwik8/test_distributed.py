@@ -145,9 +145,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(
-    "mistake", [next(iter(MISTAKES)), *(pytest.param(m, marks=pytest.mark.slow) for m in MISTAKES)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_said_once(mistake: str, folder: Path) -> None:
     (folder / "there").mkdir()
     (folder / "there" / "config.yaml").touch()
