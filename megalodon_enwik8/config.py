@@ -124,7 +124,8 @@ class ExperimentConfig(BaseModel):
     seed: Annotated[int, Field(ge=-1, le=2**63 - 1), _null_is(-1)] = 7
 
     # Execution
-    use_autocast: bool = True  # bfloat16
+    # bfloat16; auto: where the device has instructions for it, and float32 elsewhere
+    use_autocast: Literal[True, False, "auto"] = True
     compile: Literal[True, False, "auto"] = "auto"
     gradient_checkpointing: bool = False
     shard: bool = False  # torchrun: weights, gradients and moments are spread over the processes

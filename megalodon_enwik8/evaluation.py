@@ -29,7 +29,13 @@ from megalodon import MegalodonCache
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.data import Bytes, load_corpus
-from megalodon_enwik8.device import autocast, choose_device, device_name, peak_memory_bytes
+from megalodon_enwik8.device import (
+    Autocast,
+    autocast,
+    choose_device,
+    device_name,
+    peak_memory_bytes,
+)
 from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import byte_losses, keeps_a_state, new_state, restore_model
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
@@ -67,7 +73,7 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
 def _losses(
     model: PreTrainedModel,
     batch: torch.Tensor,
-    use_autocast: bool,
+    use_autocast: Autocast,
     state: MegalodonCache | None = None,
 ) -> torch.Tensor:
     """The loss of each byte but the first of batch (B, L + 1) int64: float32 (B, L)."""
@@ -80,7 +86,7 @@ def evaluate(
     model: PreTrainedModel,
     windows: torch.Tensor,
     *,
-    use_autocast: bool,
+    use_autocast: Autocast,
     stop: Callable[[], bool] = never,
     world: World | None = None,
 ) -> float | None:
@@ -148,7 +154,7 @@ def score_windows(
     *,
     context: int,
     stride: int,
-    use_autocast: bool,
+    use_autocast: Autocast,
     progress: bool = False,
     stop: Callable[[], bool] = never,
     world: World | None = None,
@@ -196,7 +202,7 @@ def score_streams(
     *,
     streams: int,
     segment: int,
-    use_autocast: bool,
+    use_autocast: Autocast,
     progress: bool = False,
     world: World | None = None,
 ) -> Score:

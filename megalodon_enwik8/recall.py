@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.config import ExperimentConfig, make_config
-from megalodon_enwik8.device import autocast, choose_device, device_name
+from megalodon_enwik8.device import Autocast, autocast, choose_device, device_name
 from megalodon_enwik8.models import build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 from megalodon_enwik8.training import derive_seed, make_optimizer
@@ -98,7 +98,7 @@ def train(config: ExperimentConfig, rows: int, device: torch.device) -> PreTrain
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, gap: int, use_autocast: bool) -> float:
+def accuracy(model: PreTrainedModel, gap: int, use_autocast: Autocast) -> float:
     """The share of values that are said right, of sequences that no training drew."""
     device = next(model.parameters()).device
     batch = draw(TEST_ROWS, gap, derive_seed(-1, gap, "recall")).to(device)

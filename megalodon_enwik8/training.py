@@ -34,6 +34,7 @@ from megalodon_enwik8.device import (
     autocast,
     choose_device,
     device_name,
+    has_bfloat16,
     keep_freed_memory,
     peak_memory_bytes,
     processor_name,
@@ -106,6 +107,9 @@ def _train(
         seed = seed if found is None else found[0].experiment(found[1]).seed
         config = config.model_copy(update={"seed": seed})
         print(f"seed={seed}: drawn, since the config leaves it open", flush=True)
+    if config.use_autocast == "auto":
+        fast = world.from_main(has_bfloat16(device))
+        config = config.model_copy(update={"use_autocast": fast})
     if found is not None:
         check_resumable(*found, config)
     corpus = load_corpus(config.data_path, config.data_bytes)
@@ -488,6 +492,8 @@ def describe(
     layers, total = decoder_layers(model), count_parameters(model)
     in_layers = sum(count_parameters(layer) for layer in layers)
     precision = "bfloat16 autocast" if config.use_autocast else "float32"
+    if config.use_autocast and not has_bfloat16(device):
+        precision += ", which is slow on this processor: use_autocast=auto is many times faster"
     lines = {
         "model": f"{config.model}, {total:,} parameters",
         "": f"{len(layers)} layers x {count_parameters(layers[0]):,} + {total - in_layers:,}",

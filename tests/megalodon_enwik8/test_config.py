@@ -110,7 +110,7 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ('run_dir: "\\ud800"', "Input should be a valid string"),
         ("data_path: 8", "Input should be a valid string"),
         ("num_tokens: 255", "x.yaml: num_tokens=255: Input should be greater than or equal to 256"),
-        ("use_autocast: float16", "use_autocast=float16: Input should be a valid boolean"),
+        ("use_autocast: float16", "use_autocast=float16: Input should be True, False or 'auto'"),
         ("compile: maybe", "x.yaml: compile=maybe: Input should be True, False or 'auto'"),
         (
             "dim: 100\nheads: 3",
@@ -247,7 +247,7 @@ valid = st.fixed_dictionaries(
         "compile": st.sampled_from([True, False, "auto"]),
         "data_path": paths(20),
         "keep_last": st.one_of(st.none(), st.integers(1, 9)),
-        "use_autocast": st.booleans(),
+        "use_autocast": st.sampled_from([True, False, "auto"]),
     },
 )
 

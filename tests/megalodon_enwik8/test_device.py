@@ -3,11 +3,13 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalodon_enwik8 import training
+from megalodon_enwik8.config import load_config
 from megalodon_enwik8.training import train
 
 FAULTS = """
@@ -41,3 +43,28 @@ def test_training_asks_for_it(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(training, "keep_freed_memory", lambda: asked.append(True))
     assert train(make_tiny("llama", num_batches=1)) == 0
     assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("capability", "machine", "fast"),
+    [("AVX2", "x86_64", False), ("AVX512", "x86_64", True), ("DEFAULT", "arm64", True)],
+)
+def test_auto_is_bfloat16_where_the_processor_has_it_and_is_stored_as_what_it_was(
+    capability: str,
+    machine: str,
+    fast: bool,
+    make_tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_DEVICE", "cpu")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    config = make_tiny("llama", num_batches=1, use_autocast="auto")
+    assert train(config) == 0
+    assert load_config(Path(config.run_dir) / "config.yaml").use_autocast is fast
+    assert ("bfloat16 autocast" if fast else ", float32") in capsys.readouterr().out
+    config = make_tiny("llama", num_batches=1, use_autocast=True, run_dir=f"{config.run_dir}_2")
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert ("which is slow on this processor: use_autocast=auto" in said) is not fast
