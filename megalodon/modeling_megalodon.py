@@ -284,7 +284,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             fused=implementation == "sdpa",
             time=self.time_group,
         )
-        layers = self.layers[: self.config.num_layers]  # fewer in a draft by early exit
+        layers = list(self.layers)[: self.config.num_layers]  # fewer in a draft by early exit
         before = cache.states if cache is not None and cache.states else [None] * len(layers)
         norm_state = None if cache is None else cache.final_norm
         hidden_states: list[Tensor] = []

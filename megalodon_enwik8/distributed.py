@@ -166,8 +166,13 @@ def join(device: torch.device, chunk_parallel: int = 1) -> Iterator[World]:
     caller has put into a process group. All but the first say nothing."""
     joined = dist.is_initialized()
     if not joined and launched():
+        if device.type == "mps":
+            raise UserError("torchrun: several processes need NVIDIA GPUs, or FORCE_DEVICE=cpu")
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= there:
+                raise UserError(f"torchrun: a process needs a GPU: --nproc_per_node={there} here")
+            torch.cuda.set_device(place)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

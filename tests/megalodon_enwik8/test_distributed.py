@@ -16,6 +16,7 @@ import torch
 
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import load_config
+from megalodon_enwik8.distributed import join
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 from tests.processes import ROOT, outcome, torchrun
@@ -188,6 +189,20 @@ def test_one_process_alone_has_nobody_to_share_with(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(load_config("tiny.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("mps", "need NVIDIA GPUs, or FORCE_DEVICE=cpu"), ("cuda", "--nproc_per_node=2 here")],
+)
+def test_a_process_without_a_device_of_its_own_is_refused(
+    device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=message), join(torch.device(device)):
+        pytest.fail("joined")
 
 
 def test_a_llama_has_no_parts_along_time(folder: Path) -> None:
