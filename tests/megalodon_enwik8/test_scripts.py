@@ -79,7 +79,7 @@ def test_what_train_refuses_is_one_line(
         ("--config", path, "seq_lem=8"): "seq_lem: unknown key; did you mean seq_len?",
         ("--config", path, "seed=x"): "seed=x: Input should be a valid integer",
         ("--config", path, "model=gpt"): "model=gpt: Input should be 'megalodon' or 'llama'",
-        ("--config", path, "use_autocast=float16"): "Input should be a valid boolean",
+        ("--config", path, "use_autocast=float16"): "Input should be True, False or 'auto'",
         ("--config", path, "data_path=/no/such"): "/no/such",
         ("--config", path, "seq_len=100000"): "seq_len",
         ("--config", path, "--resume", "--overwrite"): "give one of them",
