@@ -124,7 +124,7 @@ def _train(
         trainer.restore(*found)
     elif resume is not None:
         print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
-    print(describe(config, model, corpus, device, compiled, world), flush=True)
+    print(describe(config, model, corpus, compiled, world), flush=True)
     environment = {
         "corpus": {
             "name": corpus.name,
@@ -134,7 +134,7 @@ def _train(
         },
         "parameters": count_parameters(model),
     }
-    session = describe_session(device, compiled, trainer.step, world)
+    session = describe_session(compiled, trainer.step, world)
     world.wait()  # all have read what begin() may rename
     folder.begin(config, environment, session, None if found is None else found[1])
     return trainer.run()
@@ -484,11 +484,11 @@ def describe(
     config: ExperimentConfig,
     model: PreTrainedModel,
     corpus: Corpus,
-    device: torch.device,
     compiled: str,
     world: World,
 ) -> str:
     """The lines that open a run's output."""
+    device = world.device
     layers, total = decoder_layers(model), count_parameters(model)
     in_layers = sum(count_parameters(layer) for layer in layers)
     precision = "bfloat16 autocast" if config.use_autocast else "float32"
@@ -516,9 +516,7 @@ def _shares(world: World, config: ExperimentConfig) -> str:
     return f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
 
 
-def describe_session(
-    device: torch.device, compiled: str, step: int, world: World
-) -> dict[str, Any]:
+def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
     """What may differ each time a run is resumed, for environment.json."""
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -530,7 +528,7 @@ def describe_session(
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
-        "device": device_name(device),
+        "device": device_name(world.device),
         "threads": torch.get_num_threads(),
         "compile": compiled,
         "processes": world.size,

@@ -154,10 +154,8 @@ def test_a_mistake_is_said_once(mistake: str, folder: Path) -> None:
     count, message = MISTAKES[mistake]
     code, said = outcome(launch(folder, count, mistake))
     assert code != 0
-    assert [line for line in said.splitlines() if line.startswith("error:")] == [
-        line for line in said.splitlines() if f"error: {message}" in line or message in line
-    ]
-    assert said.count(message) == 1
+    (line,) = [line for line in said.splitlines() if "error: " in line]
+    assert message in line
     assert "training.py" not in said  # no traceback of ours
 
 
