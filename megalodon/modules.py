@@ -51,8 +51,6 @@ class MegalodonTimestepNorm(Float32Module):
     def forward(
         self, x: Tensor, state: TimestepNormState | None, layout: Layout
     ) -> tuple[Tensor, TimestepNormState]:
-        if layout.time is not None:
-            state = layout.time.norm_entry(x, self.num_groups)
         return timestep_norm(
             x,
             self.weight,
@@ -62,6 +60,7 @@ class MegalodonTimestepNorm(Float32Module):
             state,
             layout.segments,
             compute_dtype(x),
+            layout.time,
         )
 
 
@@ -105,10 +104,14 @@ class MegalodonCEMA(Float32Module):
         self, x: Tensor, state: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling() or layout.kept is None:
-            c = self._coefficients()
-            if layout.time is not None:
-                state = layout.time.cema_entry(x, c)
-            return cema(x, c, state, layout.segments, return_state=layout.return_state)
+            return cema(
+                x,
+                self._coefficients(),
+                state,
+                layout.segments,
+                return_state=layout.return_state,
+                parts=layout.time,
+            )
         assert state is not None
         if self not in layout.kept:
             layout.kept[self] = cema_step_coefficients(self._coefficients())

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cema_blocks import CEMACoefficients, cema_blocks, q_powers
+from .cema_blocks import CEMACoefficients, cema_blocks, cema_blocks_of_part, q_powers
+from .parts import Parts
 from .precision import wide_dtype, without_autocast
 from .scan import complex_power
 from .segments import Segments, gather_slots, scatter_slots
@@ -71,6 +72,7 @@ def cema(
     segments: Segments | None = None,
     *,
     return_state: bool = True,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """CEMA of a whole piece of text at once, in blocks of T steps, as real matrix products.
 
@@ -88,10 +90,14 @@ def cema(
         state: (B, D, N, 2), the state on entry; ``None`` for zero.
         segments: where padding and document borders lie; ``None`` for plain text.
         return_state: whether the final state is wanted.
+        parts: of which x is one; then there is no state, neither before nor after, and there are
+            no segments. ``None``: x is all of it.
 
     Returns:
         y (B, L, D) in the dtype of x; the state (B, D, N, 2) after the last step, or ``None``.
     """
+    if parts is not None:
+        return cema_blocks_of_part(x, c, math.gcd(BLOCK, x.shape[1]), parts), None
     if x.shape[1] == 1 and segments is None:
         return _traceable_step(x, c, state)
     keep = None
@@ -156,31 +162,6 @@ def _final_state(
     added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
     re, im = last.unbind(-1)
     return added + torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
-
-
-@without_autocast
-def cema_summary(x: Tensor, c: CEMACoefficients) -> Tensor:
-    """The state (B, D, N, 2) that x (B, L, D) leaves from zero: in blocks, as in :func:`cema`."""
-    block = min(BLOCK, x.shape[1])
-    x = F.pad(x, (0, 0, -x.shape[1] % block, 0))  # zeros in front leave nothing
-    blocks = x.unflatten(1, (-1, block)).to(c.p.dtype)  # (B, M, T, D)
-    steps = torch.arange(block - 1, -1, -1, device=x.device).view(-1, 1, 1)
-    powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
-    sums = torch.einsum("bmtd,tdnc->mbdnc", blocks, powers * c.p.unsqueeze(-1))
-    return fold_states(sums, c, block, len(sums))
-
-
-def fold_states(parts: Tensor, c: CEMACoefficients, length: int, count: int) -> Tensor:
-    """The state (B, D, N, 2) after the first `count` of M parts of `length` steps, which leave the
-    states `parts` (M, B, D, N, 2) from zero: the sum of q^((count - 1 - m) length) parts_m. The
-    other parts get a gradient as well, of zero."""
-    ages = count - 1 - torch.arange(len(parts), device=parts.device)
-    counts = (ages >= 0).view(-1, 1, 1).to(parts.dtype)
-    exponents = ages.clamp(min=0).view(-1, 1, 1)
-    w_re, w_im = complex_power(c.log_rho, c.turns, exponents, scale=length)  # (M, D, N)
-    w_re, w_im = (counts * w_re).unsqueeze(1), (counts * w_im).unsqueeze(1)
-    re, im = parts.unbind(-1)
-    return torch.stack([w_re * re - w_im * im, w_re * im + w_im * re], dim=-1).sum(0)
 
 
 class CEMAStepCoefficients(NamedTuple):

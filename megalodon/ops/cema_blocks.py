@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .parts import Parts
 from .scan import block_scan, complex_power, group_blocks
 
 VERSION = 3
@@ -143,11 +145,23 @@ def _cema_blocks(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, entries, and for the backward the inputs with their entry states."""
-    c = CEMACoefficients(*coefficients)
+    return _forward(x, CEMACoefficients(*coefficients), state, keep, block)
+
+
+def _forward(
+    x: Tensor,
+    c: CEMACoefficients,
+    state: Tensor | None,
+    keep: Tensor | None,
+    block: int,
+    parts: Parts | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel, summary, readout = (t.to(x.dtype) for t in block_matrices(c, block))
     joined = _lay_out(x, block, c.p.shape[1])
     s = _in_rounds(_complex(_sum_up(joined, summary).to(c.p.dtype)))
     first = None if state is None else torch.view_as_complex(state.to(c.p.dtype).contiguous())
+    if parts is not None:
+        first = _beyond(s, c, x.shape[1], block, parts)
     through = _grouped_keep(keep, s)
     entries = block_scan(s, first, c.log_rho, c.turns, block, through)
     if through is not None:
@@ -192,7 +206,18 @@ def _cema_blocks_backward(
     conjugate of q; and one product of what it joins with what the forward joined holds the
     gradients of the matrices and of the scan's q.
     """
-    c = CEMACoefficients(*coefficients)
+    return _adjoint(grad_y, grad_entries, joined, CEMACoefficients(*coefficients), keep, block)
+
+
+def _adjoint(
+    grad_y: Tensor,
+    grad_entries: Tensor | None,
+    joined: Tensor,
+    c: CEMACoefficients,
+    keep: Tensor | None,
+    block: int,
+    parts: Parts | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
     kernel, summary, readout = (t.to(grad_y.dtype) for t in block_matrices(c, block))
     order, dtype = c.p.shape[1], c.p.dtype
     grad_joined = _lay_out(grad_y, block, order)
@@ -203,7 +228,14 @@ def _cema_blocks_backward(
     through = _grouped_keep(keep, grad_reads)
     if through is not None:
         grad_reads *= through[..., None, None]
-    grad_s = block_scan(grad_reads, None, c.log_rho, -c.turns, block, through, reverse=True)
+    last = None
+    if parts is not None:
+        last = _beyond(grad_reads, c, grad_y.shape[1], block, parts, reverse=True)
+        group, round_ = divmod(grad_y.shape[1] // block, grad_reads.shape[0])
+        if group < grad_reads.shape[1]:  # the first of the blocks that fill up the last group
+            grad_reads[round_, group] = last
+            last = None
+    grad_s = block_scan(grad_reads, last, c.log_rho, -c.turns, block, through, reverse=True)
     _join(grad_joined, _pairs(_in_order(grad_s)))
     grad_x = _read_out(grad_joined, kernel, summary, grad_y.shape[1], adjoint=True)
 
@@ -269,6 +301,52 @@ def _backward(
 
 
 _cema_blocks.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.compiler.disable  # which cannot follow what processes tell each other
+def cema_blocks_of_part(x: Tensor, c: CEMACoefficients, block: int, parts: Parts) -> Tensor:
+    """Outputs of one of the parts of a sequence, as of :func:`cema_blocks`; T divides L."""
+    y: Tensor = _CEMABlocksOfPart.apply(x, *c, block, parts)
+    return y
+
+
+class _CEMABlocksOfPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *coefficients, ctx.block, ctx.parts = rest
+        c = CEMACoefficients(*coefficients)
+        y, _, joined = _forward(x, c, None, None, ctx.block, ctx.parts)
+        ctx.save_for_backward(joined, *c)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        joined, *coefficients = ctx.saved_tensors
+        c = CEMACoefficients(*coefficients)
+        grad_x, grad_c, _ = _adjoint(grad_y, None, joined, c, None, ctx.block, ctx.parts)
+        return grad_x, *grad_c, None, None
+
+
+def _beyond(
+    s: Tensor, c: CEMACoefficients, length: int, block: int, parts: Parts, *, reverse: bool = False
+) -> Tensor:
+    """What all blocks of the parts before this one leave, complex (B, D, N), where this part's
+    own leave s (size, groups, B, D, N); or, for the scan from the end, those behind it."""
+    size, groups = s.shape[:2]
+    turns = -c.turns if reverse else c.turns
+
+    def fold(states: Tensor, ages: Tensor, step: int) -> Tensor:
+        ages = ages.view(-1, *[1] * (states.dim() - 1))
+        return (torch.complex(*complex_power(c.log_rho, turns, ages, scale=step)) * states).sum(0)
+
+    index = torch.arange(size * groups, device=s.device).view(groups, size).t().flatten()
+    ages = index if reverse else (length // block - 1 - index).clamp(min=0)
+    mine = fold(s.flatten(0, 1), ages, block)
+    others = torch.view_as_complex(parts.gather(torch.view_as_real(mine)))
+    others = others[parts.rank + 1 :] if reverse else others[: parts.rank]
+    ages = torch.arange(len(others), device=s.device)
+    return fold(others, ages if reverse else ages.flip(0), length)
 
 
 def _lay_out(x: Tensor, block: int, order: int) -> Tensor:

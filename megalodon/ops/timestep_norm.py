@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .elementwise import fresh
+from .parts import Parts
 from .precision import wide_dtype, without_autocast
 from .segments import Segments
 
@@ -84,6 +85,7 @@ def timestep_norm(
     state: TimestepNormState | None = None,
     segments: Segments | None = None,
     dtype: torch.dtype | None = None,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, TimestepNormState]:
     """TimestepNorm of a whole piece of text at once, as a cumulative sum.
 
@@ -95,6 +97,7 @@ def timestep_norm(
         state: what came before; ``None`` for the start of a text.
         segments: where padding and document borders lie; ``None`` for plain text.
         dtype: of y; ``None`` for that of x. Statistics are kept in :func:`statistics_dtype`.
+        parts: of which x is one; then there is neither a state nor segments. ``None``: all of it.
 
     Returns:
         y (B, L, D), and the state after the last step.
@@ -102,10 +105,11 @@ def timestep_norm(
     dtype = dtype or x.dtype
     if state is None:
         state = initial_state(x, num_groups)
-    if segments is None and x.shape[1] == 1:
+    if segments is None and x.shape[1] == 1 and parts is None:
         return _step(x, weight, bias, num_groups, eps, state, dtype)
     if segments is None:
-        y, mean, var = _TimestepNorm.apply(x, weight, bias, *state, num_groups, eps, dtype)
+        norm = _TimestepNorm.apply if parts is None else _norm_of_part
+        y, mean, var = norm(x, weight, bias, *state, num_groups, eps, dtype, parts)
         return y, TimestepNormState(state.steps + x.shape[1], mean, var)
 
     groups = x.unflatten(-1, (num_groups, -1)).to(wide_dtype(x))
@@ -157,26 +161,18 @@ def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.vecdot(centred, centred) / size
 
 
-@without_autocast
-def part_statistics(x: Tensor, num_groups: int) -> Tensor:
-    """Mean and population variance of each group of x (B, L, D) over all its steps: (2, B, G), in
-    :func:`statistics_dtype`."""
-    step_mean, step_var = _step_statistics(x.unflatten(-1, (num_groups, -1)).to(wide_dtype(x)))
-    step_mean, step_var = (t.to(statistics_dtype(x)) for t in (step_mean, step_var))
+def _statistics_before(step_mean: Tensor, step_var: Tensor, parts: Parts) -> TimestepNormState:
+    """The state after all parts before this one, whose steps have statistics (B, L, G), by merging
+    the parts' mean and variance (Chan et al. 1983)."""
+    batch, length, _ = step_mean.shape
     var, mean = torch.var_mean(step_mean, 1, correction=0)
-    return torch.stack([mean, step_var.mean(1) + var])
-
-
-def merge_parts(parts: Tensor, count: int, length: int) -> TimestepNormState:
-    """The state after the first `count` of parts (K, 2, B, G), each of `length` steps (Chan et al.
-    1983). The others get a gradient as well, of zero."""
-    weight = (torch.arange(len(parts), device=parts.device) < count).to(parts.dtype)
-    weight = (weight / max(count, 1)).view(-1, 1, 1)
-    means, variances = parts.unbind(1)
-    mean = (weight * means).sum(0)
-    var = (weight * (variances + (means - mean).square())).sum(0)
-    steps = torch.full((parts.shape[2],), count * length, device=parts.device)
-    return TimestepNormState(steps, mean, var)
+    summary = torch.stack([mean, step_var.mean(1) + var])
+    means, variances = parts.gather(summary)[: parts.rank].unbind(1)
+    steps = torch.full((batch,), parts.rank * length, device=step_mean.device)
+    if not parts.rank:
+        return TimestepNormState(steps, torch.zeros_like(mean), torch.zeros_like(var))
+    mean = means.mean(0)
+    return TimestepNormState(steps, mean, (variances + (means - mean).square()).mean(0))
 
 
 def _spread(x: Tensor, size: int) -> Tensor:
@@ -249,14 +245,15 @@ class _TimestepNorm(torch.autograd.Function):
         num_groups: int,
         eps: float,
         y_dtype: torch.dtype,
+        parts: Parts | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = wide_dtype(x)
         groups = x.unflatten(-1, (num_groups, -1)).to(dtype)
-        step_mean, step_var = _step_statistics(groups)
+        step_mean, step_var = (t.to(mean0.dtype) for t in _step_statistics(groups))
+        if parts is not None:
+            count, mean0, var0 = _statistics_before(step_mean, step_var, parts)
         mean, var, inverse = _cumulative_statistics(
-            step_mean.to(mean0.dtype),
-            step_var.to(mean0.dtype),
-            TimestepNormState(count, mean0, var0),
+            step_mean, step_var, TimestepNormState(count, mean0, var0)
         )
         rstd = (var + eps).rsqrt()
         size = groups.shape[-1]
@@ -264,7 +261,7 @@ class _TimestepNorm(torch.autograd.Function):
         y *= _spread(rstd.to(dtype), size)
         y = torch.addcmul(bias.to(dtype), y.flatten(-2), (weight + 1).to(dtype))
         ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
-        ctx.bias_dtype = bias.dtype
+        ctx.bias_dtype, ctx.parts = bias.dtype, parts
         return fresh(y.to(y_dtype)), mean[:, -1].clone(), var[:, -1].clone()
 
     @staticmethod
@@ -291,6 +288,10 @@ class _TimestepNorm(torch.autograd.Function):
         to_mean, to_var = to_mean * inverse, to_var * (2 * inverse)
         slope = _reverse_cumsum(to_var / size)
         offset = _reverse_cumsum((to_mean - to_var * mean) / size)
+        if ctx.parts is not None:  # what the parts behind this one add to each of its steps
+            sums = ctx.parts.gather(torch.stack([slope[:, :1], offset[:, :1]]))
+            behind = sums[ctx.parts.rank + 1 :].sum(0)
+            slope, offset = slope + behind[0], offset + behind[1]
         # (x - M) slope + (offset + M slope): centred, so that a large mean does not cancel.
         offset = offset + mean * slope
         grad_x.addcmul_(centred, _spread(slope.to(dtype), size))
@@ -310,7 +311,15 @@ class _TimestepNorm(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+@torch.compiler.disable
+def _norm_of_part(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A compiler cannot follow what processes tell each other."""
+    found: tuple[Tensor, Tensor, Tensor] = _TimestepNorm.apply(*args)
+    return found
 
 
 def _reverse_cumsum(x: Tensor) -> Tensor:

@@ -1,43 +1,87 @@
 """Processes that share a sequence along time compute what one computes alone."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
+from torch import Tensor
 
-from megalodon.ops.cema import cema_coefficients, cema_reference, cema_summary, fold_states
-from megalodon.ops.timestep_norm import merge_parts, part_statistics, timestep_norm_reference
+from megalodon.ops.cema import cema, cema_coefficients, cema_reference
+from megalodon.ops.parts import Parts
+from megalodon.ops.timestep_norm import timestep_norm, timestep_norm_reference
 from tests.processes import outcome, torchrun
 
 from .test_cema import parameters
 
 WORKER = Path(__file__).with_name("time_parallel_worker.py")
+PARTS = 3
+
+Op = Callable[[Tensor, list[Tensor], Parts | None], Tensor]
 
 
-@pytest.mark.parametrize("length", [1, 31, 32, 77])
-def test_parts_states_fold_into_the_state_of_the_whole(length: int) -> None:
-    c = cema_coefficients(*parameters(12, 3, torch.float64))
-    x = torch.randn(2, 3 * length, c.omega.shape[0], dtype=torch.float64)
-    parts = torch.stack([cema_summary(part, c) for part in x.split(length, dim=1)])
-    for count in range(4):
-        folded = fold_states(parts, c, length, count)
-        if not count:
-            assert not folded.any()
-            continue
-        _, state = cema_reference(x[:, : count * length], c)
-        torch.testing.assert_close(folded, state, rtol=1e-10, atol=1e-10)
+class InThread:
+    """A part that a thread of this process holds."""
+
+    def __init__(self, rank: int, barrier: Barrier, slots: list[Tensor]) -> None:
+        self.rank, self.barrier, self.slots = rank, barrier, slots
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.slots[self.rank] = x
+        self.barrier.wait(20)
+        found = torch.stack(self.slots)
+        self.barrier.wait(20)
+        return found
+
+
+def values_and_gradients(
+    op: Op, x: Tensor, leaves: list[Tensor], weight: Tensor, parts: Parts | None = None
+) -> list[Tensor]:
+    x, *leaves = (t.detach().clone().requires_grad_() for t in (x, *leaves))
+    y = op(x, leaves, parts)
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *leaves])]
+
+
+def check(op: Op, reference: Op, x: Tensor, leaves: list[Tensor]) -> None:
+    """The parts' values, and gradients of the sum of their losses, against those of the whole."""
+    weight = torch.randn_like(x)
+    wanted = values_and_gradients(reference, x, leaves, weight)
+    barrier, slots = Barrier(PARTS), [x] * PARTS
+
+    def run(rank: int) -> list[Tensor]:
+        mine, its_weight = (t.chunk(PARTS, dim=1)[rank] for t in (x, weight))
+        return values_and_gradients(op, mine, leaves, its_weight, InThread(rank, barrier, slots))
+
+    with ThreadPoolExecutor(PARTS) as pool:
+        ys, grads, *of_leaves = zip(*pool.map(run, range(PARTS)), strict=True)
+    found = [torch.cat(ys, 1), torch.cat(grads, 1), *(sum(each) for each in of_leaves)]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 96, 17 * 32])
+def test_a_moving_average_in_parts_is_that_of_the_whole(length: int) -> None:
+    def op(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
+        return cema(x, cema_coefficients(*leaves), return_state=False, parts=parts)[0]
+
+    def reference(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
+        return cema_reference(x, cema_coefficients(*leaves))[0]
+
+    leaves = list(parameters(6, 3, torch.float64))
+    check(op, reference, torch.randn(2, PARTS * length, 6, dtype=torch.float64), leaves)
 
 
 @pytest.mark.parametrize("length", [1, 9])
-def test_parts_statistics_merge_into_those_of_the_whole(length: int) -> None:
-    x = torch.randn(2, 3 * length, 12, dtype=torch.float64) + 5
-    parts = torch.stack([part_statistics(part, 4) for part in x.split(length, dim=1)])
-    zero = torch.zeros(12, dtype=torch.float64)
-    for count in range(1, 4):
-        merged = merge_parts(parts, count, length)
-        _, state = timestep_norm_reference(x[:, : count * length], zero, zero, 4)
-        torch.testing.assert_close(tuple(merged), tuple(state), rtol=1e-12, atol=1e-12)
-    assert not torch.cat([t.flatten() for t in merge_parts(parts, 0, length)]).any()
+def test_a_norm_in_parts_is_that_of_the_whole(length: int) -> None:
+    def op(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
+        return timestep_norm(x, leaves[0], leaves[1], 4, parts=parts)[0]
+
+    def reference(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
+        return timestep_norm_reference(x, leaves[0], leaves[1], 4)[0]
+
+    x = torch.randn(2, PARTS * length, 12, dtype=torch.float64) + 5
+    check(op, reference, x, list(torch.randn(2, 12, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
