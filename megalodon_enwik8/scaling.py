@@ -66,9 +66,9 @@ class Costs:
         return Sent(layer, self.config.num_layers * layer + rest)
 
     def along_time(self, processes: int, sequences: int = 1, micro_batches: int = 1) -> Sent:
-        """chunk_parallel, in the forward: an all-gather of each TimestepNorm's statistics, of each
-        CEMA's summary and, once, of the shape. In the backward: a reduce-scatter of the same, but
-        for the shape. Of `sequences` in a step, in so many micro-batches; of any length."""
+        """chunk_parallel: an all-gather of the shape, and one of each TimestepNorm's statistics
+        and of each CEMA's summary; in the backward as large ones of what their gradients come to.
+        Of `sequences` in a step, in so many micro-batches; of any length."""
         config = self.config
         statistics = 2 * config.norm_num_groups * DOUBLE  # mean and variance
         summary = 2 * config.model_dim * config.cema_ndim * FLOAT  # a complex number
