@@ -30,6 +30,9 @@ from megalodon_enwik8.safety import UserError, launched
 HANG_S = 45.0
 """How long a process waits for another before it takes it for lost."""
 
+PATIENCE_S = 3600.0
+"""The same, for what takes long: fetching the text, writing a checkpoint."""
+
 T = TypeVar("T")
 
 
@@ -52,6 +55,9 @@ class World:
             )
         self.along_data = (rank // chunk_parallel, size // chunk_parallel)
         self.along_time = (rank % chunk_parallel, chunk_parallel)
+        self.patient: dist.ProcessGroup | None = None
+        if size > 1:
+            self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
         self.time_group: TimeGroup | None = None
         if chunk_parallel > 1:
             shape = (size // chunk_parallel, chunk_parallel)
@@ -150,7 +156,13 @@ class World:
 
     def wait(self) -> None:
         """Until all are here."""
-        self.largest(0)
+        if self.size > 1:
+            dist.barrier(self.patient)
+
+    def wait_for_main(self) -> None:
+        """Until the first process is here, which waits for nobody."""
+        if self.size > 1:
+            dist.broadcast(torch.zeros(1), 0, self.patient)
 
     def _gather_objects(self, value: T) -> list[T]:
         found: list[Any] = [value]

@@ -256,14 +256,14 @@ class Trainer:
                 row |= self.train_one_step()
                 self.folder.log(row)
                 if _due(self.step, config.save_every) or self.step == config.num_batches:
-                    self.folder.save_step(self.checkpoint(), config.keep_last)
+                    self.save()
                 if not stop():
                     bar.set_postfix_str(_progress_text(row), refresh=False)
                     bar.update()
             if not stop():
                 self.finish(bar)
             elif self.step < config.num_batches:
-                self.folder.save_step(self.checkpoint(), config.keep_last)
+                self.save()
         if not stop():
             return 0
         path = shlex.quote(str(self.folder.file("config.yaml")))
@@ -339,7 +339,7 @@ class Trainer:
         best = self.progress.best_val_loss if self.folder.file("best.pt").exists() else math.inf
         if self.world.largest(config.keep_best and loss < best):
             self.progress.best_val_loss = loss
-            self.folder.save("best.pt", self.checkpoint(with_optimizer=False))
+            self.save("best.pt")
         row = {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
         _say(
             bar,
@@ -370,7 +370,7 @@ class Trainer:
     def finish(self, bar: tqdm[NoReturn]) -> None:
         """Save final.pt, validate on the windows and the whole split, and show a sample."""
         config = self.config
-        self.folder.save("final.pt", self.checkpoint(with_optimizer=False))
+        self.save("final.pt")
         row: Row = {"step": self.step, **self.validate(bar)}
         if config.full_validation and not self.stop():
             score = score_windows(
@@ -399,6 +399,14 @@ class Trainer:
         }
         self.folder.log(row)
         _say(bar, f"final weights: {self.folder.file('final.pt')}")
+
+    def save(self, name: str | None = None) -> None:
+        """A checkpoint of this step; or, under a name, one of the weights alone."""
+        if name is None:
+            self.folder.save_step(self.checkpoint(), self.config.keep_last)
+        else:
+            self.folder.save(name, self.checkpoint(with_optimizer=False))
+        self.world.wait_for_main()
 
     def checkpoint(self, *, with_optimizer: bool = True) -> Checkpoint:
         return Checkpoint(

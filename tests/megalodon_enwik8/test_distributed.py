@@ -261,6 +261,20 @@ def test_a_process_that_hangs_ends_all_within_a_minute(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_writing_may_take_longer_than_a_process_that_hangs(folder: Path) -> None:
+    script = """
+import sys, time
+from megalodon_enwik8 import config, distributed, run_folder, training
+distributed.HANG_S, write = 15, run_folder.RunFolder.save_step
+run_folder.RunFolder.save_step = lambda *of: (time.sleep(20), write(*of))[1]
+sys.exit(training.train(config.load_config("tiny.yaml", ["run_dir=run", "save_every=0"])))
+"""
+    (folder / "slow.py").write_text(script)
+    code, said = outcome(torchrun(2, "slow.py", cwd=folder))
+    assert code == 0, said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_saves(number: int, folder: Path) -> None:
     launcher = launch(folder, 2, "run_dir=run", *LONG, "num_batches=1000")
