@@ -48,8 +48,8 @@ RANGE_ENDS = (32, 128, 512, *(1024 * 4**i for i in range(25)))
 """Distances, in bytes, are put together in ranges that end here."""
 
 
-def never() -> bool:
-    return False
+def nothing() -> None:
+    """What is checked where nobody asks for more."""
 
 
 def bits_per_byte(loss: float) -> float:
@@ -87,17 +87,17 @@ def evaluate(
     windows: torch.Tensor,
     *,
     use_autocast: Autocast,
-    stop: Callable[[], bool] = never,
+    check: Callable[[], None] = nothing,
     world: World | None = None,
-) -> float | None:
+) -> float:
     """Mean loss in nats per byte over `windows` (count, L + 1) int64; the first byte is given.
-    None where `stop` says so before the end. In a world of several each reads its share."""
+    `check` is called before each batch, and may raise. In a world of several each reads its share.
+    """
     world = world or World(windows.device)
     total, length = torch.zeros((), dtype=torch.float64), windows.size(1) - 1
     with reading(model):
         for batch, counts in world.share(windows.split(max(1, TOKENS_PER_BATCH // length))):
-            if stop():
-                return None
+            check()
             total += counts * _losses(model, batch, use_autocast).sum().cpu().double()
     return world.sum(total).item() / (windows.size(0) * length)
 
@@ -156,15 +156,15 @@ def score_windows(
     stride: int,
     use_autocast: Autocast,
     progress: bool = False,
-    stop: Callable[[], bool] = never,
+    check: Callable[[], None] = nothing,
     world: World | None = None,
-) -> Score | None:
+) -> Score:
     """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes.
 
     Of each window but the first only the last `stride` bytes count, so that each of them sees at
     least context - stride bytes; stride = context gives windows side by side. The last window may
-    be shorter, and one that is longer than the text is the text. None where `stop` says so. In a
-    world of several each reads its share.
+    be shorter, and one that is longer than the text is the text. `check` is called before each
+    batch, and may raise. In a world of several each reads its share.
     text: at least 2 bytes. 1 <= stride <= context.
     """
     world = world or World(torch.device("cpu"))
@@ -175,8 +175,7 @@ def score_windows(
     bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
     with bar, reading(model):
         for batch, counts in world.share(batches):
-            if stop():
-                return None
+            check()
             rows = _stack(text, [end - length for end in batch], length)
             losses = _losses(model, rows, use_autocast)
             if not counts:
@@ -313,7 +312,7 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
     text: Bytes = getattr(corpus, options.split)
     how = _how_to_read(options, config, len(text))
     began = time.perf_counter()
-    score_text: Callable[..., Score] = score_streams if options.stream else score_windows  # type: ignore[assignment]
+    score_text: Callable[..., Score] = score_streams if options.stream else score_windows
     shared = {"use_autocast": config.use_autocast, "progress": world.is_main, "world": world}
     score = score_text(model, text, **how, **shared)
     seconds = time.perf_counter() - began

@@ -51,7 +51,7 @@ from megalodon_enwik8.models import (
     load_weights,
 )
 from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
-from megalodon_enwik8.safety import StopRequest, UserError
+from megalodon_enwik8.safety import Stopped, StopRequest, UserError
 from megalodon_enwik8.tracking import check_tracker
 
 # A resumed run may differ in these keys from the run that it continues: they leave the course
@@ -232,47 +232,46 @@ class Trainer:
         self.progress = Progress()
         self.stop_request = StopRequest()
 
-    def stop(self) -> bool:
-        """Whether a signal has come, to any process of the run: all ask at the same places."""
-        self.stop_request()
-        self.stop_request.signal_number = self.world.largest(self.stop_request.signal_number)
-        return self.stop_request.signal_number != 0
+    def check(self) -> None:
+        """Raise Stopped if a signal has come, to any process: all ask at the same places."""
+        if number := self.world.largest(self.stop_request()):
+            raise Stopped(number)
 
     def run(self) -> int:
         """The steps that remain, then the final validation. Returns the exit code."""
-        config, stop = self.config, self.stop
+        config = self.config
         seen = None if self.world.is_main else True
         bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=seen)
         self.model.train()
         with bar, self.stop_request:
-            while self.step < config.num_batches and not stop():
-                row: Row = {"step": self.step}
-                if _due(self.step, config.validate_every):
-                    row |= self.validate(bar)
-                if self.step > 0 and _due(self.step, config.generate_every):
-                    row |= self.sample(bar)
-                if stop():
-                    break  # the resumed run does what this one was about to do
-                row |= self.train_one_step()
-                self.folder.log(row)
-                if _due(self.step, config.save_every) or self.step == config.num_batches:
-                    self.folder.save_step(self.checkpoint(), config.keep_last)
-                if not stop():
+            try:
+                while self.step < config.num_batches:
+                    row: Row = {"step": self.step}
+                    if _due(self.step, config.validate_every):
+                        row |= self.validate(bar)
+                    if self.step > 0 and _due(self.step, config.generate_every):
+                        row |= self.sample(bar)
+                    self.check()
+                    row |= self.train_one_step()
+                    self.folder.log(row)
+                    if _due(self.step, config.save_every) or self.step == config.num_batches:
+                        self.folder.save_step(self.checkpoint(), config.keep_last)
+                    self.check()
                     bar.set_postfix_str(_progress_text(row), refresh=False)
                     bar.update()
-            if not stop():
                 self.finish(bar)
-            elif self.step < config.num_batches:
-                self.folder.save_step(self.checkpoint(), config.keep_last)
-        if not stop():
-            return 0
+                return 0
+            except Stopped as stopped:  # the resumed run does what this one was about to do
+                if self.step < config.num_batches:
+                    self.folder.save_step(self.checkpoint(), config.keep_last)
+                code = 128 + stopped.signal_number
         path = shlex.quote(str(self.folder.file("config.yaml")))
         print(
             f"stopped after {self.step} steps, all saved; go on with: "
             f"python train.py --config {path} --resume",
             flush=True,
         )
-        return 128 + self.stop_request.signal_number
+        return code
 
     def train_one_step(self) -> Row:
         """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
@@ -325,11 +324,9 @@ class Trainer:
             self.model,
             self.windows,
             use_autocast=config.use_autocast,
-            stop=self.stop,
+            check=self.check,
             world=self.world,
         )
-        if loss is None:
-            return {}
         if not math.isfinite(loss):
             raise UserError(
                 f"step {self.step}: validation loss {loss}: stopped, the earlier checkpoints are "
@@ -359,10 +356,8 @@ class Trainer:
             seed=derive_seed(config.seed, self.step, "sample"),
             temperature=config.temperature,
             min_p=config.min_p,
-            stop=self.stop,
+            check=self.check,
         )
-        if self.stop():
-            return {}
         text = PrintableDecoder().decode(prompt + made, final=True)
         _say(bar, f"step {self.step}, a sample:\n{text}\n")
         return {"sample": text}
@@ -372,25 +367,21 @@ class Trainer:
         config = self.config
         self.folder.save("final.pt", self.checkpoint(with_optimizer=False))
         row: Row = {"step": self.step, **self.validate(bar)}
-        if config.full_validation and not self.stop():
+        if config.full_validation:
             score = score_windows(
                 self.model,
                 self.corpus.val,
                 context=config.seq_len,
                 stride=config.seq_len,
                 use_autocast=config.use_autocast,
-                stop=self.stop,
+                check=self.check,
                 world=self.world,
             )
-            if score is not None:
-                row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
-                _say(
-                    bar, f"whole validation split: {score.loss:.4f}, {row['full_val_bpc']:.4f} BPC"
-                )
-        if config.generate_every and not self.stop():
+            row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
+            _say(bar, f"whole validation split: {score.loss:.4f}, {row['full_val_bpc']:.4f} BPC")
+        if config.generate_every:
             row |= self.sample(bar)
-        if self.stop():
-            return  # the resumed run does all of this again
+        self.check()
         row |= {
             "tokens": self.step * config.tokens_per_step,
             "seconds": self.progress.seconds,
