@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,15 +41,21 @@ Real = Annotated[float, BeforeValidator(_numeric_string)]
 Probability = Annotated[Real, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, ESC rules terminals
 
+# Keys that only one of the models has.
+_megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
+_llama = partial(Field, json_schema_extra={"model": "llama"})
 
-def _megalodon(default: Any) -> Any:
-    """A key that only the Megalodon has."""
-    return Field(default, json_schema_extra={"model": "megalodon"})
-
-
-def _llama(default: Any) -> Any:
-    """A key that only the Llama has."""
-    return Field(default, json_schema_extra={"model": "llama"})
+# Keys that leave the course of the weights alone: a resumed run may change them, and runs that
+# differ in nothing else are of one group. Which text it is is told by its checksum, and how the
+# sequences of a step are split by their product.
+FREE_KEYS = frozenset(
+    {
+        "run_dir", "data_path", "data_bytes", "batch_size", "grad_accum_every", "compile",
+        "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation", "save_every",
+        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
+        "temperature", "min_p", "shard", "chunk_parallel", "tracker",
+    }
+)  # fmt: skip
 
 
 class ExperimentConfig(BaseModel):

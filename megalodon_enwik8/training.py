@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig
 from megalodon_enwik8.data import (
     Corpus,
     check_length,
@@ -53,19 +53,6 @@ from megalodon_enwik8.models import (
 from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
 from megalodon_enwik8.safety import Stopped, StopRequest, UserError
 from megalodon_enwik8.tracking import check_tracker
-
-# A resumed run may differ in these keys from the run that it continues: they leave the course
-# of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
-# by its size, however it is split.
-FREE_ON_RESUME = frozenset(
-    {
-        "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
-        "compile", "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation",
-        "save_every", "keep_last", "keep_best", "generate_every", "generate_prompt_len",
-        "generate_length", "temperature", "min_p", "shard", "chunk_parallel",
-        "tracker",
-    }
-)  # fmt: skip
 
 
 def train(
@@ -438,7 +425,8 @@ def check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig
             f"{path}: holds weights only; resume from a checkpoint_*.pt of the same folder"
         )
     before = checkpoint.experiment(path)
-    free = FREE_ON_RESUME - ({"num_batches"} if config.schedule == "cosine" else set())
+    # A cosine falls to its end at num_batches.
+    free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"num_batches"}
     then, now = (
         {**each.used(), "batch_size x grad_accum_every": each.sequences_per_step}
         for each in (before, config)
