@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from megalodon import MegalodonCache
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.data import Bytes, load_corpus
+from megalodon_enwik8.data import Bytes, load_corpus, windows_at
 from megalodon_enwik8.device import (
     Autocast,
     autocast,
@@ -171,13 +171,14 @@ def score_windows(
     score, predicted = Score(), len(text) - 1
     length = min(context, predicted)
     ends = list(range(length, predicted + 1, stride))
-    batches = _in_batches(ends, max(1, TOKENS_PER_BATCH // length))
+    rows = max(1, TOKENS_PER_BATCH // length)
+    batches = [ends[i : i + rows] for i in range(0, len(ends), rows)]
     bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
     with bar, reading(model):
         for batch, counts in world.share(batches):
             check()
-            rows = _stack(text, [end - length for end in batch], length)
-            losses = _losses(model, rows, use_autocast)
+            windows = windows_at(text, [end - length for end in batch], length)
+            losses = _losses(model, windows, use_autocast)
             if not counts:
                 continue
             if batch[0] == length:  # the first window counts whole
@@ -188,7 +189,7 @@ def score_windows(
         rest = predicted - ends[-1]
         if rest:
             start = ends[-1] + stride - length
-            losses = _losses(model, _stack(text, [start], predicted - start), use_autocast)
+            losses = _losses(model, windows_at(text, [start], predicted - start), use_autocast)
             if world.is_main:
                 score.add(losses[:, -rest:], losses.shape[1] - rest + 1)
     score.gather(world)
@@ -223,25 +224,16 @@ def score_streams(
     with bar, reading(model):
         for start in range(0, length if firsts else 0, segment):
             size = min(segment, length - start)
-            rows = _stack(text, [first + start for first in firsts], size)
-            score.add(_losses(model, rows, use_autocast, state), start + 1)
+            pieces = windows_at(text, [first + start for first in firsts], size)
+            score.add(_losses(model, pieces, use_autocast, state), start + 1)
             score.state_bytes = state.nbytes // len(mine)
-            bar.update(rows[:, 1:].numel())
+            bar.update(pieces[:, 1:].numel())
         if longer:
             state.batch_select_indices(torch.arange(longer))
-            rows = _stack(text, [first + length for first in firsts[:longer]], 1)
-            score.add(_losses(model, rows, use_autocast, state), length + 1)
+            pieces = windows_at(text, [first + length for first in firsts[:longer]], 1)
+            score.add(_losses(model, pieces, use_autocast, state), length + 1)
     score.gather(world)
     return score
-
-
-def _in_batches(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _stack(text: Bytes, starts: list[int], length: int) -> torch.Tensor:
-    """The pieces of text that begin there, (len(starts), length + 1) int64."""
-    return torch.from_numpy(np.stack([text[i : i + length + 1] for i in starts]).astype(np.int64))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -23,13 +23,7 @@ from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig
-from megalodon_enwik8.data import (
-    Corpus,
-    check_length,
-    load_corpus,
-    training_batch,
-    validation_windows,
-)
+from megalodon_enwik8.data import Corpus, load_corpus, training_batch, validation_windows
 from megalodon_enwik8.device import (
     autocast,
     choose_device,
@@ -100,7 +94,6 @@ def _train(
     if found is not None:
         check_resumable(*found, config)
     corpus = load_corpus(config.data_path, config.data_bytes)
-    check_length(corpus, config.seq_len)
     model = build_model(config)
     if found is not None:
         load_weights(model, *found)
@@ -271,9 +264,8 @@ class Trainer:
             self.corpus.train,
             seed=config.seed,
             step=step,
-            batch_size=config.sequences_per_step,
-            seq_len=config.seq_len,
             rows=self.world.rows(config.sequences_per_step),
+            seq_len=config.seq_len,
         )
         batch = self.world.part(batch).to(self.world.device)
         for group in self.optimizer.param_groups:
