@@ -41,7 +41,6 @@ from megalodon_enwik8.models import (
     byte_losses,
     compile_layers,
     count_parameters,
-    decoder_layers,
     load_weights,
 )
 from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
@@ -123,22 +122,20 @@ def _train(
 def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.optim.Optimizer:
     """Adam with L2 weight decay on every parameter, as the protocol has it; or AdamW (Loshchilov
     and Hutter 2019, arXiv 1711.05101), which decays the matrices and the embedding alone."""
-    parameters = list(model.parameters())
-    rate, betas = config.learning_rate, (0.9, config.beta2)
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (0.9, config.beta2),
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=rate, betas=betas, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.Adam(model.parameters(), **settings)
     kinds = (torch.nn.Linear, torch.nn.Embedding)
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
-    groups = [
-        {
-            "params": [p for p in parameters if (id(p) in matrices) == decayed],
-            "weight_decay": config.weight_decay if decayed else 0.0,
-        }
-        for decayed in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    matrices = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    decayed = [p for p in model.parameters() if p in matrices]
+    others = [p for p in model.parameters() if p not in matrices]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **settings)
 
 
 def train_step(
@@ -460,31 +457,24 @@ def describe(
 ) -> str:
     """The lines that open a run's output."""
     device = world.device
-    layers, total = decoder_layers(model), count_parameters(model)
-    in_layers = sum(count_parameters(layer) for layer in layers)
     precision = "bfloat16 autocast" if config.use_autocast else "float32"
     if config.use_autocast and not has_bfloat16(device):
         precision += ", which is slow on this processor: use_autocast=auto is many times faster"
+    processes = ""
+    if world.size > 1:
+        how = f"{world.along_data[1]} x {world.along_time[1]} along time"
+        processes = f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
     lines = {
-        "model": f"{config.model}, {total:,} parameters",
-        "": f"{len(layers)} layers x {count_parameters(layers[0]):,} + {total - in_layers:,}",
+        "model": f"{config.model}, {count_parameters(model):,} parameters",
         "corpus": f"{corpus.name}: {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.val):,} to validate",
         "step": f"{config.sequences_per_step} sequences x {config.seq_len} bytes "
         f"({config.batch_size} at a time), {config.num_batches} steps",
-        "device": f"{device_name(device)}, {precision}{_shares(world, config)}",
+        "device": f"{device_name(device)}, {precision}{processes}",
         "compile": compiled,
         "folder": config.run_dir,
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
-
-
-def _shares(world: World, config: ExperimentConfig) -> str:
-    """How several processes share the work."""
-    if world.size == 1:
-        return ""
-    how = f"{world.along_data[1]} x {world.along_time[1]} along time"
-    return f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
 
 
 def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
@@ -508,17 +498,14 @@ def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this source tree, with `+` when files differ from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
     try:
-        head, changes = (
-            subprocess.run(
-                [*git, *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        done = subprocess.run(
+            [*git, "--exclude=*", "--abbrev=40", "--dirty=+"], capture_output=True, text=True
         )
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return None
-    return head.strip() + ("+" if changes else "")
+    return done.stdout.strip() or None
 
 
 def _due(step: int, interval: int) -> bool:
