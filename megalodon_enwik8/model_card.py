@@ -84,7 +84,7 @@ def find_row(checkpoint: Checkpoint, path: Path) -> Row:
             return {}
     except (OSError, UserError):
         return {}
-    rows = read_metrics(path.with_name("metrics.jsonl"), strict=False)
+    rows = read_metrics(path.with_name("metrics.jsonl"))
     return next((row for row in rows if row["step"] == checkpoint.step), {})
 
 

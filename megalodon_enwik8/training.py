@@ -43,9 +43,15 @@ from megalodon_enwik8.models import (
     count_parameters,
     load_weights,
 )
-from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
+from megalodon_enwik8.run_folder import (
+    NEWEST,
+    Row,
+    RunFolder,
+    WatchedFolder,
+    check_tracker,
+    open_run,
+)
 from megalodon_enwik8.safety import Stopped, StopRequest, UserError
-from megalodon_enwik8.tracking import check_tracker
 
 
 def train(
