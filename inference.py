@@ -87,10 +87,8 @@ def read_prompt(options: argparse.Namespace) -> bytes:
         try:
             with (gzip.open if zipped else open)(source, "rb") as file:
                 prompt = file.read(count)
-        except (OSError, ValueError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            name = "--prompt-gzip" if zipped else "--prompt-file"
-            raise UserError(f"{name} {source}: cannot be read: {reason}") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{source}: cannot be read: {error}") from None
     elif not _is_piped_in():
         return DEFAULT_PROMPT
     else:

@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,15 +41,21 @@ Real = Annotated[float, BeforeValidator(_numeric_string)]
 Probability = Annotated[Real, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, ESC rules terminals
 
+# Keys that only one of the models has.
+_megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
+_llama = partial(Field, json_schema_extra={"model": "llama"})
 
-def _megalodon(default: Any) -> Any:
-    """A key that only the Megalodon has."""
-    return Field(default, json_schema_extra={"model": "megalodon"})
-
-
-def _llama(default: Any) -> Any:
-    """A key that only the Llama has."""
-    return Field(default, json_schema_extra={"model": "llama"})
+# Keys that leave the course of the weights alone: a resumed run may change them, and runs that
+# differ in nothing else are of one group. Which text it is is told by its checksum, and how the
+# sequences of a step are split by their product.
+FREE_KEYS = frozenset(
+    {
+        "run_dir", "data_path", "data_bytes", "batch_size", "grad_accum_every", "compile",
+        "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation", "save_every",
+        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
+        "temperature", "min_p", "shard", "chunk_parallel", "tracker",
+    }
+)  # fmt: skip
 
 
 class ExperimentConfig(BaseModel):
@@ -223,14 +230,11 @@ def model_of_key(name: str) -> str | None:
     return str(extra["model"]) if isinstance(extra, dict) else None
 
 
-def load_config(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-) -> ExperimentConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML file and apply `key=value` overrides, their values read as YAML scalars.
 
-    Raises UserError for a file that is missing, is not YAML or not a mapping, for a repeated
-    or unknown key, and for a value of the wrong type or range.
+    Raises UserError for a file that is not YAML or not a mapping, for a repeated or unknown key,
+    and for a value of the wrong type or range.
     """
     values = read_yaml(path)
     source = dict.fromkeys(values, str(path))
@@ -286,31 +290,16 @@ class _Loader(yaml.SafeLoader):
 def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as e:
-        # PyYAML's constructors meet odd values with errors of many kinds.
-        mark = getattr(e, "problem_mark", None)
+    except Exception as error:  # PyYAML's constructors meet odd values with errors of many kinds
+        mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        reason = " ".join(str(getattr(e, "problem", e)).split())
+        reason = " ".join(str(getattr(error, "problem", error)).split())
         raise UserError(f"{where}: {line}not valid YAML: {reason}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises UserError if it holds none."""
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; the shipped ones lie in configs/") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read: {reason}; name a YAML file") from None
-    values = _parse_yaml(text, str(path))
+    values = _parse_yaml(Path(path).read_bytes(), str(path))
     if not isinstance(values, (dict, type(None))):
         raise UserError(f"{path}: must hold `key: value` lines, not a {type(values).__name__}")
     return values or {}

@@ -294,34 +294,17 @@ def _sha256(text: Bytes) -> str:
     return digest.hexdigest()
 
 
-def check_length(corpus: Corpus, seq_len: int) -> None:
-    """Raise UserError unless both parts of `corpus` hold a window of `seq_len` + 1 bytes."""
-    _starts(corpus.train, seq_len, "training")
-    _starts(corpus.val, seq_len, "validation")
-
-
 def training_batch(
-    train: Bytes,
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,
-    seq_len: int,
-    rows: range | None = None,
+    train: Bytes, *, seed: int, step: int, rows: range, seq_len: int
 ) -> torch.Tensor:
-    """The batch of step `step`, or the `rows` of it: (len(rows), seq_len + 1), int64.
+    """Those rows of the batch of step `step`: (len(rows), seq_len + 1), int64.
 
     Row i is a pure function of (train, seed, step, i), uniform over all windows of `train`, so
     the examples are the same however a batch is split into micro-batches or processes, and
-    after a resume. `rows` is the part of range(batch_size) to make, by default all of it.
-
-    Raises UserError if `train` is shorter than one window, ValueError for rows outside the batch.
+    after a resume. Raises UserError if `train` is shorter than one window.
     """
-    rows = range(batch_size) if rows is None else rows
-    if rows and not (min(rows) >= 0 and max(rows) < batch_size):
-        raise ValueError(f"{rows} is not within a batch of {batch_size}")
-    count = _starts(train, seq_len, "training")
-    return _windows(train, [_draw(count, seed, step, row) for row in rows], seq_len)
+    count = _starts(train, seq_len)
+    return windows_at(train, [_draw(count, seed, step, row) for row in rows], seq_len)
 
 
 def validation_windows(
@@ -333,7 +316,7 @@ def validation_windows(
 
     Raises UserError if `val` is shorter than one window, or there is nothing midway.
     """
-    last = _starts(val, seq_len, "validation") - 1
+    last = _starts(val, seq_len) - 1
     gaps = max(count - 1, 1)
     starts = [i * last // gaps for i in range(count)]
     if midway:
@@ -343,7 +326,7 @@ def validation_windows(
                 f"val_windows=search: val_batches={count} windows of seq_len={seq_len} leave no "
                 f"room between them in {len(val)} bytes of validation: use fewer, at least 2"
             )
-    return _windows(val, starts, seq_len)
+    return windows_at(val, starts, seq_len)
 
 
 def _draw(count: int, seed: int, step: int, row: int) -> int:
@@ -358,16 +341,17 @@ def _draw(count: int, seed: int, step: int, row: int) -> int:
     return int(philox.random_raw()) * count >> 64
 
 
-def _starts(data: Bytes, seq_len: int, part: str) -> int:
-    """How many windows of seq_len + 1 bytes begin in `data`."""
-    if len(data) <= seq_len:
+def _starts(part: Bytes, seq_len: int) -> int:
+    """How many windows of seq_len + 1 bytes begin in a part of a text, of which the validation
+    part is the shorter one."""
+    if len(part) <= seq_len:
         raise UserError(
-            f"seq_len={seq_len}: the {part} part has {len(data)} bytes and needs {seq_len + 1}: "
+            f"seq_len={seq_len}: a part of the text has {len(part)} bytes and needs {seq_len + 1}: "
             "use a smaller seq_len or more data"
         )
-    return len(data) - seq_len
+    return len(part) - seq_len
 
 
-def _windows(data: Bytes, starts: list[int], seq_len: int) -> torch.Tensor:
-    places = np.array(starts, dtype=np.int64)[:, None] + np.arange(seq_len + 1)
-    return torch.from_numpy(data[places].astype(np.int64))
+def windows_at(text: Bytes, starts: list[int], seq_len: int) -> torch.Tensor:
+    """The windows of a text that begin there: int64, (len(starts), seq_len + 1)."""
+    return torch.from_numpy(np.stack([text[i : i + seq_len + 1] for i in starts]).astype(np.int64))

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from megalodon import MegalodonCache
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.data import Bytes, load_corpus
+from megalodon_enwik8.data import Bytes, load_corpus, windows_at
 from megalodon_enwik8.device import (
     Autocast,
     autocast,
@@ -48,8 +48,8 @@ RANGE_ENDS = (32, 128, 512, *(1024 * 4**i for i in range(25)))
 """Distances, in bytes, are put together in ranges that end here."""
 
 
-def never() -> bool:
-    return False
+def nothing() -> None:
+    """What is checked where nobody asks for more."""
 
 
 def bits_per_byte(loss: float) -> float:
@@ -87,17 +87,17 @@ def evaluate(
     windows: torch.Tensor,
     *,
     use_autocast: Autocast,
-    stop: Callable[[], bool] = never,
+    check: Callable[[], None] = nothing,
     world: World | None = None,
-) -> float | None:
+) -> float:
     """Mean loss in nats per byte over `windows` (count, L + 1) int64; the first byte is given.
-    None where `stop` says so before the end. In a world of several each reads its share."""
+    `check` is called before each batch, and may raise. In a world of several each reads its share.
+    """
     world = world or World(windows.device)
     total, length = torch.zeros((), dtype=torch.float64), windows.size(1) - 1
     with reading(model):
         for batch, counts in world.share(windows.split(max(1, TOKENS_PER_BATCH // length))):
-            if stop():
-                return None
+            check()
             total += counts * _losses(model, batch, use_autocast).sum().cpu().double()
     return world.sum(total).item() / (windows.size(0) * length)
 
@@ -156,29 +156,29 @@ def score_windows(
     stride: int,
     use_autocast: Autocast,
     progress: bool = False,
-    stop: Callable[[], bool] = never,
+    check: Callable[[], None] = nothing,
     world: World | None = None,
-) -> Score | None:
+) -> Score:
     """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes.
 
     Of each window but the first only the last `stride` bytes count, so that each of them sees at
     least context - stride bytes; stride = context gives windows side by side. The last window may
-    be shorter, and one that is longer than the text is the text. None where `stop` says so. In a
-    world of several each reads its share.
+    be shorter, and one that is longer than the text is the text. `check` is called before each
+    batch, and may raise. In a world of several each reads its share.
     text: at least 2 bytes. 1 <= stride <= context.
     """
     world = world or World(torch.device("cpu"))
     score, predicted = Score(), len(text) - 1
     length = min(context, predicted)
     ends = list(range(length, predicted + 1, stride))
-    batches = _in_batches(ends, max(1, TOKENS_PER_BATCH // length))
+    rows = max(1, TOKENS_PER_BATCH // length)
+    batches = [ends[i : i + rows] for i in range(0, len(ends), rows)]
     bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
     with bar, reading(model):
         for batch, counts in world.share(batches):
-            if stop():
-                return None
-            rows = _stack(text, [end - length for end in batch], length)
-            losses = _losses(model, rows, use_autocast)
+            check()
+            windows = windows_at(text, [end - length for end in batch], length)
+            losses = _losses(model, windows, use_autocast)
             if not counts:
                 continue
             if batch[0] == length:  # the first window counts whole
@@ -189,7 +189,7 @@ def score_windows(
         rest = predicted - ends[-1]
         if rest:
             start = ends[-1] + stride - length
-            losses = _losses(model, _stack(text, [start], predicted - start), use_autocast)
+            losses = _losses(model, windows_at(text, [start], predicted - start), use_autocast)
             if world.is_main:
                 score.add(losses[:, -rest:], losses.shape[1] - rest + 1)
     score.gather(world)
@@ -224,25 +224,16 @@ def score_streams(
     with bar, reading(model):
         for start in range(0, length if firsts else 0, segment):
             size = min(segment, length - start)
-            rows = _stack(text, [first + start for first in firsts], size)
-            score.add(_losses(model, rows, use_autocast, state), start + 1)
+            pieces = windows_at(text, [first + start for first in firsts], size)
+            score.add(_losses(model, pieces, use_autocast, state), start + 1)
             score.state_bytes = state.nbytes // len(mine)
-            bar.update(rows[:, 1:].numel())
+            bar.update(pieces[:, 1:].numel())
         if longer:
             state.batch_select_indices(torch.arange(longer))
-            rows = _stack(text, [first + length for first in firsts[:longer]], 1)
-            score.add(_losses(model, rows, use_autocast, state), length + 1)
+            pieces = windows_at(text, [first + length for first in firsts[:longer]], 1)
+            score.add(_losses(model, pieces, use_autocast, state), length + 1)
     score.gather(world)
     return score
-
-
-def _in_batches(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _stack(text: Bytes, starts: list[int], length: int) -> torch.Tensor:
-    """The pieces of text that begin there, (len(starts), length + 1) int64."""
-    return torch.from_numpy(np.stack([text[i : i + length + 1] for i in starts]).astype(np.int64))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -313,7 +304,7 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
     text: Bytes = getattr(corpus, options.split)
     how = _how_to_read(options, config, len(text))
     began = time.perf_counter()
-    score_text: Callable[..., Score] = score_streams if options.stream else score_windows  # type: ignore[assignment]
+    score_text: Callable[..., Score] = score_streams if options.stream else score_windows
     shared = {"use_autocast": config.use_autocast, "progress": world.is_main, "world": world}
     score = score_text(model, text, **how, **shared)
     seconds = time.perf_counter() - began

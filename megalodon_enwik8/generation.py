@@ -7,16 +7,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from megalodon_enwik8.evaluation import never, reading
+from megalodon_enwik8.evaluation import nothing, reading
 from megalodon_enwik8.safety import UserError
 
 _KEPT_CONTROLS = "\n\t"
@@ -56,26 +50,20 @@ class ByteStreamer(BaseStreamer):
         self._write(self._decoder.decode(b"", final=True))
 
 
-class _Finite(LogitsProcessor):
-    """Stops at logits that no byte can be drawn from."""
+class _Checked(LogitsProcessor):
+    """Before each byte calls `check`, and stops at logits that no byte can be drawn from."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.check()
         if not torch.isfinite(scores.amax()):
             raise UserError(
                 "the model's output is not finite: its weights are damaged or the training "
                 "diverged; use another checkpoint"
             )
         return scores
-
-
-class _Asked(StoppingCriteria):
-    """Ends the text when the flag is up."""
-
-    def __init__(self, stop: Callable[[], bool]) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.stop(), device=input_ids.device)
 
 
 def generate_bytes(
@@ -88,13 +76,13 @@ def generate_bytes(
     min_p: float = 0.0,
     top_k: int | None = None,
     streamer: BaseStreamer | None = None,
-    stop: Callable[[], bool] = never,
+    check: Callable[[], None] = nothing,
 ) -> bytes:
-    """`length` new bytes after a prompt of at least one byte, a pure function of the arguments, or
-    fewer where `stop` says so.
+    """`length` new bytes after a prompt of at least one byte, a pure function of the arguments.
 
     temperature 0 takes the likeliest byte each time. A vocabulary wider than 256 is cut to the
-    bytes. Reseeds torch's generator; the model's mode is restored.
+    bytes. Reseeds torch's generator; the model's mode is restored. `check` is called before each
+    byte, and may raise.
 
     Raises UserError when the model's output is not finite.
     """
@@ -114,8 +102,7 @@ def generate_bytes(
             max_new_tokens=length,
             streamer=streamer,
             prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
-            logits_processor=LogitsProcessorList([_Finite()]),
-            stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
+            logits_processor=LogitsProcessorList([_Checked(check)]),
             **options,
         )
     return bytes(output[0, len(prompt) :].tolist())

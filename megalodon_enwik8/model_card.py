@@ -82,9 +82,9 @@ def find_row(checkpoint: Checkpoint, path: Path) -> Row:
     try:
         if load_config(path.with_name("config.yaml")).used() != checkpoint.config:
             return {}
-    except UserError:
+    except (OSError, UserError):
         return {}
-    rows = read_metrics(path.with_name("metrics.jsonl"), strict=False)
+    rows = read_metrics(path.with_name("metrics.jsonl"))
     return next((row for row in rows if row["step"] == checkpoint.step), {})
 
 

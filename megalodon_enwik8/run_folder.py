@@ -15,17 +15,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock, remove_leftovers
-from megalodon_enwik8.tracking import open_board, show
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -96,7 +97,7 @@ class RunFolder:
         sessions: list[dict[str, Any]] = []
         if resumed is not None:
             step = session["from_step"]
-            found = read_metrics(resumed.with_name("metrics.jsonl"), strict=False)
+            found = read_metrics(resumed.with_name("metrics.jsonl"))
             by_step = {row["step"]: row for row in found if 0 <= row["step"] < step}
             rows = [by_step[i] for i in sorted(by_step)]
             if len(rows) < step:
@@ -121,9 +122,14 @@ class RunFolder:
             self.file("metrics.jsonl").open("a", encoding="utf-8")
         )
         if config.tracker == "tensorboard":
-            self._board = self._stack.enter_context(open_board(self.file("tensorboard")))
+            from torch.utils.tensorboard import SummaryWriter
+
+            shutil.rmtree(self.file("tensorboard"), ignore_errors=True)
+            # purge_step: a TensorBoard that is looking forgets what it saw of the old one.
+            board = SummaryWriter(self.file("tensorboard"), purge_step=0, flush_secs=30)
+            self._board = self._stack.enter_context(board)
             for row in rows:
-                show(self._board, row)
+                self._show(row)
 
     def _rename(self) -> Path:
         """Give the folder another name and make a new one in its place. Returns the old one."""
@@ -140,23 +146,30 @@ class RunFolder:
         assert self._metrics is not None
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
-        if self._board is not None:
-            show(self._board, row)
+        self._show(row)
 
-    def save(self, name: str, checkpoint: Checkpoint) -> Path:
+    def _show(self, row: Row) -> None:
+        """Its numbers as curves over the steps and its texts as texts, if there is a board."""
+        if self._board is None:
+            return
+        for name, value in row.items():
+            if isinstance(value, str):
+                self._board.add_text(name, value, row["step"])
+            elif value is not None and name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def save(self, name: str, checkpoint: Checkpoint) -> None:
         """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
         save_checkpoint(self.file(name), checkpoint)
-        return self.file(name)
 
-    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> Path:
+    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> None:
         """Save checkpoint_<step>.pt and remove all but the last `keep_last` of its kind."""
-        path = self.save(f"checkpoint_{checkpoint.step:08d}.pt", checkpoint)
+        self.save(f"checkpoint_{checkpoint.step:08d}.pt", checkpoint)
         if keep_last is not None:
             for old in self.checkpoints()[:-keep_last]:
                 old.unlink()
-        return path
 
 
 class WatchedFolder(RunFolder):
@@ -169,11 +182,9 @@ class WatchedFolder(RunFolder):
 
     def log(self, row: Row) -> None: ...
 
-    def save(self, name: str, checkpoint: Checkpoint) -> Path:
-        return self.file(name)
+    def save(self, name: str, checkpoint: Checkpoint) -> None: ...
 
-    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> Path:
-        return self.path
+    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> None: ...
 
 
 @contextmanager
@@ -200,19 +211,18 @@ def open_run(path: str | Path, *, may_hold_a_run: bool) -> Iterator[RunFolder]:
         yield run
 
 
-def read_metrics(path: str | Path, *, strict: bool = True) -> list[Row]:
-    """The rows of a metrics.jsonl, without a last line that a crash cut off; none where there is
-    no file. Raises UserError for one that is damaged elsewhere, or leaves such lines out."""
-    if not Path(path).exists():
-        return []
+def read_metrics(path: Path) -> list[Row]:
+    """The whole rows of a metrics.jsonl, without damaged ones; none where there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     rows = []
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n")[:-1], start=1):  # whole lines end in a newline
-        try:
+    for line in text.split("\n")[:-1]:  # whole lines end in a newline
+        with contextlib.suppress(ValueError, LookupError, TypeError, OverflowError, RecursionError):
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-            if not strict:
-                continue
-            raise UserError(f"{path}: line {number} is damaged: {line[:40]!r}") from None
     return rows
+
+
+def check_tracker(tracker: str) -> None:
+    """Raise UserError if the tracker's package is not installed."""
+    if tracker != "none" and find_spec(tracker) is None:
+        raise UserError(f'tracker={tracker}: is not installed: pip install -e ".[track]"')

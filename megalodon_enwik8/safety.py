@@ -199,6 +199,13 @@ def exclusive_lock(path: Path, *, blocking: bool = True) -> Iterator[None]:
 _HANG_UP = getattr(signal, "SIGHUP", None)  # a closed terminal; not on Windows
 
 
+class Stopped(Exception):
+    """A loop has asked and heard that a signal came: what is done is to be saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+
 class StopRequest:
     """While the `with` block runs, the first Ctrl-C, SIGTERM or SIGHUP is noted, for loops to ask.
 
@@ -214,15 +221,15 @@ class StopRequest:
         self._before: dict[int, object] = {}
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
+    def __call__(self) -> int:
+        """The number of the signal that has come, or 0."""
         if self.signal_number:
             for fd in self._terminals:
                 if not os.isatty(
                     fd
                 ):  # closed: to write there would be an error, before all is saved
                     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        return self.signal_number != 0
+        return self.signal_number
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

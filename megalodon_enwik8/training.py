@@ -22,14 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.data import (
-    Corpus,
-    check_length,
-    load_corpus,
-    training_batch,
-    validation_windows,
-)
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig
+from megalodon_enwik8.data import Corpus, load_corpus, training_batch, validation_windows
 from megalodon_enwik8.device import (
     autocast,
     choose_device,
@@ -47,25 +41,17 @@ from megalodon_enwik8.models import (
     byte_losses,
     compile_layers,
     count_parameters,
-    decoder_layers,
     load_weights,
 )
-from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, WatchedFolder, open_run
-from megalodon_enwik8.safety import StopRequest, UserError
-from megalodon_enwik8.tracking import check_tracker
-
-# A resumed run may differ in these keys from the run that it continues: they leave the course
-# of the weights alone. The corpus is compared by its checksum, wherever it lies, and the batch
-# by its size, however it is split.
-FREE_ON_RESUME = frozenset(
-    {
-        "run_dir", "data_path", "data_bytes", "num_batches", "batch_size", "grad_accum_every",
-        "compile", "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation",
-        "save_every", "keep_last", "keep_best", "generate_every", "generate_prompt_len",
-        "generate_length", "temperature", "min_p", "shard", "chunk_parallel",
-        "tracker",
-    }
-)  # fmt: skip
+from megalodon_enwik8.run_folder import (
+    NEWEST,
+    Row,
+    RunFolder,
+    WatchedFolder,
+    check_tracker,
+    open_run,
+)
+from megalodon_enwik8.safety import Stopped, StopRequest, UserError
 
 
 def train(
@@ -113,7 +99,6 @@ def _train(
     if found is not None:
         check_resumable(*found, config)
     corpus = load_corpus(config.data_path, config.data_bytes)
-    check_length(corpus, config.seq_len)
     model = build_model(config)
     if found is not None:
         load_weights(model, *found)
@@ -143,22 +128,20 @@ def _train(
 def make_optimizer(model: PreTrainedModel, config: ExperimentConfig) -> torch.optim.Optimizer:
     """Adam with L2 weight decay on every parameter, as the protocol has it; or AdamW (Loshchilov
     and Hutter 2019, arXiv 1711.05101), which decays the matrices and the embedding alone."""
-    parameters = list(model.parameters())
-    rate, betas = config.learning_rate, (0.9, config.beta2)
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (0.9, config.beta2),
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=rate, betas=betas, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.Adam(model.parameters(), **settings)
     kinds = (torch.nn.Linear, torch.nn.Embedding)
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
-    groups = [
-        {
-            "params": [p for p in parameters if (id(p) in matrices) == decayed],
-            "weight_decay": config.weight_decay if decayed else 0.0,
-        }
-        for decayed in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    matrices = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    decayed = [p for p in model.parameters() if p in matrices]
+    others = [p for p in model.parameters() if p not in matrices]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **settings)
 
 
 def train_step(
@@ -232,47 +215,46 @@ class Trainer:
         self.progress = Progress()
         self.stop_request = StopRequest()
 
-    def stop(self) -> bool:
-        """Whether a signal has come, to any process of the run: all ask at the same places."""
-        self.stop_request()
-        self.stop_request.signal_number = self.world.largest(self.stop_request.signal_number)
-        return self.stop_request.signal_number != 0
+    def check(self) -> None:
+        """Raise Stopped if a signal has come, to any process: all ask at the same places."""
+        if number := self.world.largest(self.stop_request()):
+            raise Stopped(number)
 
     def run(self) -> int:
         """The steps that remain, then the final validation. Returns the exit code."""
-        config, stop = self.config, self.stop
+        config = self.config
         seen = None if self.world.is_main else True
         bar = tqdm(total=config.num_batches, initial=self.step, unit="step", disable=seen)
         self.model.train()
         with bar, self.stop_request:
-            while self.step < config.num_batches and not stop():
-                row: Row = {"step": self.step}
-                if _due(self.step, config.validate_every):
-                    row |= self.validate(bar)
-                if self.step > 0 and _due(self.step, config.generate_every):
-                    row |= self.sample(bar)
-                if stop():
-                    break  # the resumed run does what this one was about to do
-                row |= self.train_one_step()
-                self.folder.log(row)
-                if _due(self.step, config.save_every) or self.step == config.num_batches:
-                    self.save()
-                if not stop():
+            try:
+                while self.step < config.num_batches:
+                    row: Row = {"step": self.step}
+                    if _due(self.step, config.validate_every):
+                        row |= self.validate(bar)
+                    if self.step > 0 and _due(self.step, config.generate_every):
+                        row |= self.sample(bar)
+                    self.check()
+                    row |= self.train_one_step()
+                    self.folder.log(row)
+                    if _due(self.step, config.save_every) or self.step == config.num_batches:
+                        self.save()
+                    self.check()
                     bar.set_postfix_str(_progress_text(row), refresh=False)
                     bar.update()
-            if not stop():
                 self.finish(bar)
-            elif self.step < config.num_batches:
-                self.save()
-        if not stop():
-            return 0
+                return 0
+            except Stopped as stopped:  # the resumed run does what this one was about to do
+                if self.step < config.num_batches:
+                    self.save()
+                code = 128 + stopped.signal_number
         path = shlex.quote(str(self.folder.file("config.yaml")))
         print(
             f"stopped after {self.step} steps, all saved; go on with: "
             f"python train.py --config {path} --resume",
             flush=True,
         )
-        return 128 + self.stop_request.signal_number
+        return code
 
     def train_one_step(self) -> Row:
         """Draw the step's batch, train on it, and return what metrics.jsonl says about it."""
@@ -285,9 +267,8 @@ class Trainer:
             self.corpus.train,
             seed=config.seed,
             step=step,
-            batch_size=config.sequences_per_step,
-            seq_len=config.seq_len,
             rows=self.world.rows(config.sequences_per_step),
+            seq_len=config.seq_len,
         )
         batch = self.world.part(batch).to(self.world.device)
         for group in self.optimizer.param_groups:
@@ -325,11 +306,9 @@ class Trainer:
             self.model,
             self.windows,
             use_autocast=config.use_autocast,
-            stop=self.stop,
+            check=self.check,
             world=self.world,
         )
-        if loss is None:
-            return {}
         if not math.isfinite(loss):
             raise UserError(
                 f"step {self.step}: validation loss {loss}: stopped, the earlier checkpoints are "
@@ -359,10 +338,8 @@ class Trainer:
             seed=derive_seed(config.seed, self.step, "sample"),
             temperature=config.temperature,
             min_p=config.min_p,
-            stop=self.stop,
+            check=self.check,
         )
-        if self.stop():
-            return {}
         text = PrintableDecoder().decode(prompt + made, final=True)
         _say(bar, f"step {self.step}, a sample:\n{text}\n")
         return {"sample": text}
@@ -372,25 +349,21 @@ class Trainer:
         config = self.config
         self.save("final.pt")
         row: Row = {"step": self.step, **self.validate(bar)}
-        if config.full_validation and not self.stop():
+        if config.full_validation:
             score = score_windows(
                 self.model,
                 self.corpus.val,
                 context=config.seq_len,
                 stride=config.seq_len,
                 use_autocast=config.use_autocast,
-                stop=self.stop,
+                check=self.check,
                 world=self.world,
             )
-            if score is not None:
-                row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
-                _say(
-                    bar, f"whole validation split: {score.loss:.4f}, {row['full_val_bpc']:.4f} BPC"
-                )
-        if config.generate_every and not self.stop():
+            row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
+            _say(bar, f"whole validation split: {score.loss:.4f}, {row['full_val_bpc']:.4f} BPC")
+        if config.generate_every:
             row |= self.sample(bar)
-        if self.stop():
-            return  # the resumed run does all of this again
+        self.check()
         row |= {
             "tokens": self.step * config.tokens_per_step,
             "seconds": self.progress.seconds,
@@ -455,7 +428,8 @@ def check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig
             f"{path}: holds weights only; resume from a checkpoint_*.pt of the same folder"
         )
     before = checkpoint.experiment(path)
-    free = FREE_ON_RESUME - ({"num_batches"} if config.schedule == "cosine" else set())
+    # A cosine falls to its end at num_batches.
+    free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"num_batches"}
     then, now = (
         {**each.used(), "batch_size x grad_accum_every": each.sequences_per_step}
         for each in (before, config)
@@ -497,31 +471,24 @@ def describe(
 ) -> str:
     """The lines that open a run's output."""
     device = world.device
-    layers, total = decoder_layers(model), count_parameters(model)
-    in_layers = sum(count_parameters(layer) for layer in layers)
     precision = "bfloat16 autocast" if config.use_autocast else "float32"
     if config.use_autocast and not has_bfloat16(device):
         precision += ", which is slow on this processor: use_autocast=auto is many times faster"
+    processes = ""
+    if world.size > 1:
+        how = f"{world.along_data[1]} x {world.along_time[1]} along time"
+        processes = f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
     lines = {
-        "model": f"{config.model}, {total:,} parameters",
-        "": f"{len(layers)} layers x {count_parameters(layers[0]):,} + {total - in_layers:,}",
+        "model": f"{config.model}, {count_parameters(model):,} parameters",
         "corpus": f"{corpus.name}: {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.val):,} to validate",
         "step": f"{config.sequences_per_step} sequences x {config.seq_len} bytes "
         f"({config.batch_size} at a time), {config.num_batches} steps",
-        "device": f"{device_name(device)}, {precision}{_shares(world, config)}",
+        "device": f"{device_name(device)}, {precision}{processes}",
         "compile": compiled,
         "folder": config.run_dir,
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
-
-
-def _shares(world: World, config: ExperimentConfig) -> str:
-    """How several processes share the work."""
-    if world.size == 1:
-        return ""
-    how = f"{world.along_data[1]} x {world.along_time[1]} along time"
-    return f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
 
 
 def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
@@ -545,17 +512,14 @@ def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this source tree, with `+` when files differ from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
     try:
-        head, changes = (
-            subprocess.run(
-                [*git, *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        done = subprocess.run(
+            [*git, "--exclude=*", "--abbrev=40", "--dirty=+"], capture_output=True, text=True
         )
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return None
-    return head.strip() + ("+" if changes else "")
+    return done.stdout.strip() or None
 
 
 def _due(step: int, interval: int) -> bool:

@@ -14,20 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from megalodon_enwik8.config import ExperimentConfig, model_of_key
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, model_of_key
 from megalodon_enwik8.safety import UserError
-
-# Keys that leave the course of a run alone. Which text it was is told by its checksum, and how the
-# sequences of a step were split by their product.
-FREE_KEYS = frozenset(
-    {
-        "run_dir", "seed", "data_path", "data_bytes", "batch_size", "grad_accum_every", "compile",
-        "gradient_checkpointing", "on_nonfinite", "validate_every", "full_validation", "save_every",
-        "keep_last", "keep_best", "generate_every", "generate_prompt_len", "generate_length",
-        "temperature", "min_p", "shard",
-        "chunk_parallel", "tracker",
-    }
-)  # fmt: skip
 
 
 def bpc(loss: float) -> float:
@@ -65,7 +53,8 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """All that sets the course of the run, but for the seed."""
-        chosen = {key: value for key, value in self.config.items() if key not in FREE_KEYS}
+        free = FREE_KEYS | {"seed"}
+        chosen = {key: value for key, value in self.config.items() if key not in free}
         return {**chosen, "bytes_a_step": self.bytes_a_step, "text": self.text}
 
 

@@ -174,15 +174,6 @@ def test_an_empty_file_is_the_llama_of_the_protocol(tmp_path: Path) -> None:
     assert (config.model, config.run_dir) == ("llama", "runs/empty")
 
 
-def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such config file"):
-        load_config(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        load_config(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_config("nul\0byte.yaml")
-
-
 @pytest.mark.parametrize("bomb", ["a{n}: &a{n} [{nine}]", "a{n}: &a{n} {{<<: [{nine}]}}"])
 def test_a_file_that_grows_without_bound_is_refused_in_a_short_line(refuse: Any, bomb: str) -> None:
     levels = (bomb.format(n=n, nine=", ".join([f"*a{n - 1}"] * 9)) for n in range(1, 30))

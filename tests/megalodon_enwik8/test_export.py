@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from transformers import (
 
 from megalodon import MegalodonTokenizer
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from megalodon_enwik8.export import FILES, main
+from megalodon_enwik8.export import main
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import build_model, restore_model
 from megalodon_enwik8.run_folder import read_metrics
-from megalodon_enwik8.safety import UserError, run_main
+from megalodon_enwik8.safety import run_main
 from megalodon_enwik8.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -50,11 +51,19 @@ def checkpoint(make_tiny: Any, model_name: str, tmp_path: Path) -> Path:
 
 
 def files_of(model_name: str) -> set[str]:
-    return FILES - ({"modeling_megalodon.py"} if model_name == "llama" else set())
+    files = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    files |= {"tokenization_megalodon.py", "tokenizer_config.json"}
+    return files | ({"modeling_megalodon.py"} if model_name == "megalodon" else set())
 
 
-def export(checkpoint: Path, folder: Path, *options: str) -> int:
-    return main([str(checkpoint), str(folder), *options])
+def export(checkpoint: Path, folder: Path) -> int:
+    return main([str(checkpoint), str(folder)])
+
+
+def card_of(checkpoint: Path) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        export(checkpoint, Path(folder))
+        return Path(folder, "README.md").read_text()
 
 
 @torch.no_grad()
@@ -163,8 +172,7 @@ class TestModelCard:
         run = Path(config.run_dir)
         by_step = {row["step"]: row for row in read_metrics(run / "metrics.jsonl")}
         for name, step in (("final.pt", 6), ("checkpoint_00000004.pt", 4)):
-            export(run / name, tmp_path / "exported")
-            card = (tmp_path / "exported" / "README.md").read_text()
+            card = card_of(run / name)
             row = by_step[step]
             loss, bpc = f"{row['val_loss']:.4f}", f"{row['val_bpc']:.4f}"
             where = "4 windows of 24 bytes, evenly spaced over the validation split"
@@ -183,8 +191,7 @@ class TestModelCard:
         texts = {"sample": "GFDL", "data/enwik8.gz": "GFDL", "code": "Apache-2.0"}
         for data_path, licence in texts.items():
             path = write_checkpoint(tmp_path / "one.pt", make_tiny(model_name, data_path=data_path))
-            export(path, tmp_path / "exported")
-            card = (tmp_path / "exported" / "README.md").read_text()
+            card = card_of(path)
             assert re.search(rf"\*\*Licence of the text\*\*: .*{licence}", card)
             front = yaml.safe_load(card.split("---")[1])
             assert front["tags"] == [model_name, "byte-level"]
@@ -195,10 +202,6 @@ class TestModelCard:
         run, moved = Path(config.run_dir), tmp_path / "moved" / "final.pt"
         moved.parent.mkdir()
         moved.write_bytes((run / "final.pt").read_bytes())
-
-        def card_of(path: Path) -> str:
-            export(path, tmp_path / "exported")
-            return (tmp_path / "exported" / "README.md").read_text()
 
         assert "| loss" in card_of(run / "final.pt")
         assert "Its loss is not known" in card_of(moved)
@@ -220,31 +223,6 @@ def test_a_vocabulary_wider_than_the_bytes_generates_bytes_only(
     assert max(output[0]["generated_token_ids"]) < 256
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_is(
-    checkpoint: Path, make_tiny: Any, model_name: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "exported"
-    export(checkpoint, folder)
-    before = (folder / "model.safetensors").read_bytes()
-    other = write_checkpoint(tmp_path / "other.pt", make_tiny(model_name, seed=8))
-    (folder / ".killed.writing").mkdir()  # while it exported
-    export(other, folder)
-    (folder / ".killed.writing").rmdir()
-    assert (folder / "model.safetensors").read_bytes() != before
-    readme = tmp_path / "mine" / "README.md"
-    readme.parent.mkdir()
-    readme.write_text("a folder of mine")
-    with pytest.raises(UserError, match=r"holds README\.md, which is no part of an export"):
-        export(checkpoint, readme.parent)
-    (folder / "thesis.tex").write_text("all of it")
-    with pytest.raises(UserError, match=r"holds thesis\.tex, which is no part of an export"):
-        export(checkpoint, folder)
-    export(checkpoint, folder, "--overwrite")
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert (folder / "thesis.tex").read_text() == "all of it"
-    assert {path.name for path in folder.iterdir()} == {*files_of(model_name), "thesis.tex"}
-
-
 @pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
 def test_mistakes_are_one_line_and_code_2(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -259,9 +237,9 @@ def test_mistakes_are_one_line_and_code_2(
         ([tmp_path / "none.pt", target], "no such checkpoint"),
         ([tmp_path / "run", target], "no such checkpoint"),
         ([truncated, target], "truncated, damaged, of a newer version or not a ch"),
-        ([checkpoint, truncated], "is a file: name a folder"),
+        ([checkpoint, truncated], "Not a directory: mend that"),
         ([checkpoint, truncated / "below"], "Not a directory: mend that"),
-        ([checkpoint, tmp_path], "is no part of an export"),
+        ([checkpoint, truncated.parent / "run"], "holds final.pt: name a new or an empty folder"),
     ]
     for arguments, message in cases:
         with pytest.raises(SystemExit) as caught:
@@ -277,12 +255,10 @@ def test_mistakes_are_one_line_and_code_2(
 
 @pytest.mark.parametrize("failing", ["save_pretrained", "replace"])
 @pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
-def test_a_full_disk_leaves_the_earlier_export_whole(
+def test_a_full_disk_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     folder = tmp_path / "exported"
-    export(checkpoint, folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -291,7 +267,7 @@ def test_a_full_disk_leaves_the_earlier_export_whole(
     monkeypatch.setattr(f"{owner}.{failing}", full)
     with pytest.raises(OSError, match="No space left"):
         export(checkpoint, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.iterdir()) == []
 
 
 def test_the_example_in_the_readme_runs_as_printed(

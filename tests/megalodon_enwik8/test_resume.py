@@ -33,7 +33,7 @@ from megalodon_enwik8.evaluation import score_windows
 from megalodon_enwik8.models import build_model
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.safety import UserError
-from megalodon_enwik8.training import FREE_ON_RESUME, Trainer, train
+from megalodon_enwik8.training import Trainer, train
 
 from .endings import Crash, assert_same_ending, checkpoints_of, ending
 
@@ -251,8 +251,7 @@ def test_a_signal_in_a_validation_or_a_sample_ends_it_and_loses_nothing(
             signal.raise_signal(number)
         calls[0] += 1
         result = work(*arguments, **keywords)
-        # The one that the signal met was not ended.
-        assert calls[0] <= call or result is None or len(result) < config.generate_length
+        assert calls[0] <= call, "the one that the signal met came to its end"
         return result
 
     with monkeypatch.context() as patch:
@@ -448,10 +447,6 @@ def test_resuming_the_other_model_another_text_or_bare_weights_is_refused(
         train(make_tiny("llama", data_path=str(other)), resume=NEWEST)
 
 
-def test_keys_that_may_change_on_resume_exist() -> None:
-    assert ExperimentConfig.model_fields.keys() >= FREE_ON_RESUME
-
-
 def test_a_full_disk_during_a_save_leaves_checkpoints_that_resume(
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -550,12 +545,13 @@ def test_saving_every_100_steps_costs_less_than_one_percent_of_the_training(
         trainer.train_one_step()
         steps.append(time.perf_counter() - began)
         began = time.perf_counter()
-        saved = folder.save_step(trainer.checkpoint(), keep_last=2)
+        folder.save_step(trainer.checkpoint(), keep_last=2)
         saves.append(time.perf_counter() - began)
     step, save = statistics.median(steps), statistics.median(saves)
+    size = folder.checkpoints()[-1].stat().st_size
     with capsys.disabled():
         print(
-            f"\na checkpoint of {saved.stat().st_size / 1e6:.1f} MB: {save:.3f} s (at most "
+            f"\na checkpoint of {size / 1e6:.1f} MB: {save:.3f} s (at most "
             f"{max(saves):.3f}); a step: {step:.2f} s; every 100 steps: {save / step:.3f} %"
         )
     assert save < 0.01 * 100 * step

@@ -190,11 +190,8 @@ def test_final_weights_are_not_replaced_when_their_checkpoints_are_gone(make_tin
         train(config, resume=NEWEST)
 
 
-def test_metrics_leave_out_a_cut_last_line_and_name_a_damaged_one(tmp_path: Path) -> None:
+def test_metrics_leave_out_a_damaged_line_and_a_cut_last_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-    assert read_metrics(path) == [{"step": 0}, {"step": 1}]
-    path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        read_metrics(path)
+    path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n{"step": 3')
+    assert read_metrics(path) == [{"step": 0}, {"step": 2}]
     assert read_metrics(tmp_path / "none") == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megalodon_enwik8 import tracking
+from megalodon_enwik8 import run_folder
 from megalodon_enwik8.run_folder import NEWEST, read_metrics
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
@@ -70,7 +70,7 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         return read_real
     module = types.SimpleNamespace(SummaryWriter=Double)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(tracking, "find_spec", lambda name: name)
+    monkeypatch.setattr(run_folder, "find_spec", lambda name: name)
     return read_double
 
 
@@ -114,7 +114,7 @@ def test_one_switched_on_when_resuming_shows_the_steps_before(
 def test_without_its_package_a_run_ends_before_it_begins(
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_folder, "find_spec", lambda name: None)
     config = make_tiny("llama", tracker="tensorboard")
     with pytest.raises(UserError, match=r'^tracker=tensorboard: .*pip install -e "\.\[track\]"$'):
         train(config)

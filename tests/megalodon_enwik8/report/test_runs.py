@@ -11,9 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, load_config
 from megalodon_enwik8.report.runs import (
-    FREE_KEYS,
     check_comparable,
     find_groups,
     group_names,
