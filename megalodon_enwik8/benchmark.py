@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from megalodon.compat import CACHE_NAME
 from megalodon_enwik8 import device as machine
-from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.config import ExperimentConfig, make_config, precision_name
 from megalodon_enwik8.models import (
     build_model,
     compile_layers,
@@ -245,13 +245,14 @@ def _stepper(model: PreTrainedModel, config: ExperimentConfig) -> Step:
 
 
 def _matrix_products(model: nn.Module, config: ExperimentConfig) -> Step:
-    """A step's products with weight matrices alone, in bfloat16: forward, three times over.
+    """A step's products with weight matrices alone, in its precision: forward, three times over.
 
     A backward pass has two products of the same size for each. Attention, the moving average,
     and everything that is not a product with a weight matrix are left out.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = [layer.weight.detach().bfloat16() for layer in layers]
+    dtype = torch.bfloat16 if config.use_autocast else torch.float32
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
     widths = {weight.shape[1] for weight in weights}
     rows = config.batch_size * config.seq_len
     x = {width: torch.randn_like(weights[0].new_empty(rows, width)) for width in widths}
@@ -317,7 +318,7 @@ def run_train(options: argparse.Namespace) -> str:
         "sequences": sequences,
         "seq_len": options.seq_len,
         "chunk_size": options.chunk_size,
-        "dtype": "bfloat16 autocast",
+        "dtype": precision_name(options.use_autocast),
         "timed_steps": options.steps,
         "rows": [],
         "ratios": [],
@@ -333,6 +334,7 @@ def run_train(options: argparse.Namespace) -> str:
                 chunk_size=options.chunk_size,
                 tokens=STEP_BYTES,
                 repetitions=options.steps,
+                use_autocast=options.use_autocast,
                 compile=mode == "compiled",
             )
             starts = [replace(turns, kind="train", model=name, repetitions=1) for name in MODELS]
@@ -418,9 +420,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def some_of(command: argparse.ArgumentParser, name: str, *names: str) -> None:
         command.add_argument(name, nargs="+", choices=names, default=names, help="(all)")
 
-    def switch(name: str, text: str, off: str | None = None) -> None:
+    def switch(
+        command: argparse.ArgumentParser, name: str, text: str, off: str | None = None
+    ) -> None:
         action = "store_false" if off else "store_true"
-        context.add_argument(name, action=action, dest=off, help=text)
+        command.add_argument(name, action=action, dest=off, help=text)
 
     count(train, "--micro-batches", [1, 4, 16], "sequences at a time, as far as a step has them")
     count(train, "--steps", 7, "timed steps of each")
@@ -438,11 +442,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     count(context, "--repetitions", 3, "after a first one; the fastest of all counts")
     count(context, "--seconds", 60, "begin no further repetition after so long")
     count(context, "--new-tokens", 100, "to write")
-    switch("--float32", "train without bfloat16 autocast", off="use_autocast")
-    switch("--compile", "train and write with compiled layers")
-    switch("--gradient-checkpointing", "recompute activations in the backward pass")
-    switch("--no-picture", "write no context.png, which needs matplotlib", off="picture")
+    switch(context, "--compile", "train and write with compiled layers")
+    switch(context, "--gradient-checkpointing", "recompute activations in the backward pass")
+    switch(context, "--no-picture", "write no context.png, which needs matplotlib", off="picture")
     for command in (train, context):
+        switch(command, "--float32", "train without bfloat16 autocast", off="use_autocast")
         count(command, "--limit", 900, "give up a measurement after so many seconds")
         command.add_argument("--out", default="runs/benchmark", metavar="DIR", help="(%(default)s)")
     return parser.parse_args(argv)

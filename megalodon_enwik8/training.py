@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.config import ExperimentConfig, precision_name
 from megalodon_enwik8.data import (
     Corpus,
     check_length,
@@ -491,7 +491,7 @@ def describe(
     device = world.device
     layers, total = decoder_layers(model), count_parameters(model)
     in_layers = sum(count_parameters(layer) for layer in layers)
-    precision = "bfloat16 autocast" if config.use_autocast else "float32"
+    precision = precision_name(config.use_autocast)
     if config.use_autocast and not has_bfloat16(device):
         precision += ", which is slow on this processor: use_autocast=auto is many times faster"
     lines = {

@@ -8,6 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from megalodon_enwik8.config import precision_name
 from megalodon_enwik8.report.runs import (
     Group,
     Run,
@@ -345,7 +346,7 @@ def context_table(measured: dict[str, Any]) -> str:
         what = f"Reading a prompt and writing on, {first['layers']} layers, one row, float32:"
         if kind == "train":
             extras = [name for name in ("compile", "gradient_checkpointing") if first[name]]
-            precision = "bfloat16 autocast" if first["use_autocast"] else "float32"
+            precision = precision_name(first["use_autocast"])
             what = (
                 f"Training, {first['layers']} layers, {first['tokens']:,} bytes a step, or one row "
                 f"where that is longer, chunks of {first['chunk_size']}, "

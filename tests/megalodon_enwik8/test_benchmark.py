@@ -15,6 +15,7 @@ import torch
 
 from megalodon_enwik8 import benchmark
 from megalodon_enwik8.benchmark import Task
+from megalodon_enwik8.config import precision_name
 from megalodon_enwik8.safety import UserError
 
 TINY = Task("train", "megalodon", 64, 128, 1, layers=1, chunk_size=32, new_tokens=3)
@@ -94,15 +95,19 @@ def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
     assert benchmark.ratio([1, 20, 3], [2, 10, 6]) == 0.5  # not 24 / 18
 
 
-def test_bound_is_three_times_the_forward_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("use_autocast", [True, False])
+def test_bound_is_three_times_the_forward_products(
+    use_autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted in multiplications: 3 x sequences x length x weights."""
     counted = []
 
     def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
-        assert x.dtype == weight.dtype == torch.bfloat16
+        assert x.dtype == weight.dtype == (torch.bfloat16 if use_autocast else torch.float32)
         counted.append(x.shape[0] * weight.numel())
 
-    config = Task("turns", "both", 8, 16 * 8, 1, micro_batch=4).config("llama")
+    task = Task("turns", "both", 8, 16 * 8, 1, micro_batch=4, use_autocast=use_autocast)
+    config = task.config("llama")
     products = benchmark._matrix_products(benchmark.build_model(config), config)
     monkeypatch.setattr(benchmark.F, "linear", linear)
     products()
@@ -161,6 +166,20 @@ def test_each_context_is_a_row_a_failed_one_too(run_faked: Any, tmp_path: Path) 
     assert set(committed[7]) <= set(measured["rows"][1])  # both failed
     assert (tmp_path / "context.md").read_text() == str(measured)
     assert (tmp_path / "context.png").read_text() == "picture"
+
+
+@pytest.mark.parametrize("command", ["train", "context"])
+@pytest.mark.parametrize(
+    ("arguments", "dtype"), [([], "bfloat16 autocast"), (["--float32"], "float32")]
+)
+def test_the_switch_sets_and_names_the_precision(
+    command: str, arguments: list[str], dtype: str, run_faked: Any
+) -> None:
+    tasks: list[Task] = []
+    answer = lambda task, *more: [tasks.append(task), fake(task, *more)][1]  # noqa: E731
+    measured = run_faked(command, *arguments, answer=answer)
+    assert {precision_name(task.use_autocast) for task in tasks} == {dtype}
+    assert command == "context" or measured["dtype"] == dtype
 
 
 @pytest.mark.parametrize("command", ["train", "context"])

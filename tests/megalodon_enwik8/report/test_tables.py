@@ -84,7 +84,8 @@ def timing(**changes: Any) -> dict[str, Any]:
         {"model": "llama", **kind, "step_seconds": 1.5, "peak_memory_bytes": 1e9},
     ]
     where = {"device": "cpu (2 of 2 cores)", "processor": "x", "threads": 2, "torch": "2.13.0"}
-    return {**where, "sequences": 16, "seq_len": 512, "chunk_size": 256, "rows": rows, **changes}
+    steps = {"sequences": 16, "seq_len": 512, "chunk_size": 256, "dtype": "bfloat16 autocast"}
+    return {**where, **steps, "rows": rows, **changes}
 
 
 def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path: Path) -> None:
@@ -102,7 +103,8 @@ def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rows": []}, {"seq_len": 2048}, {"chunk_size": 1024}, {"sequences": 8}]
+    "changes",
+    [{"rows": []}, {"seq_len": 2048}, {"chunk_size": 1024}, {"sequences": 8}, {"dtype": "float32"}],
 )
 def test_a_benchmark_of_other_steps_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     group = one_group(["megalodon*"], folder)
