@@ -1,4 +1,5 @@
-"""Speed and memory of both models, side by side: python -m megalodon_enwik8.benchmark train|context
+"""Speed and memory of both models, side by side, and of several processes beside one:
+python -m megalodon_enwik8.benchmark train|context|scale
 
 Machines are noisy, and what a process did before stays in its memory: every task is measured in a
 fresh process, the models take turns, and what counts are ratios of what ran next to each other.
@@ -27,7 +28,8 @@ from transformers import PreTrainedModel
 
 from megalodon.compat import CACHE_NAME
 from megalodon_enwik8 import device as machine
-from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.config import ExperimentConfig, make_config, precision_name
+from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import (
     build_model,
     compile_layers,
@@ -41,6 +43,7 @@ from megalodon_enwik8.training import make_optimizer, train_step
 MODELS = ("megalodon", "llama")
 STEP_BYTES = 16 * 512  # in a step of `train`, as the protocol has it
 CONTEXTS = [512 * 2**i for i in range(9)]  # 512 ... 131,072
+PROCESSES = 2  # of `scale`
 
 # A Megalodon reads a prompt so many tokens at a time, which bounds its memory.
 PREFILL_PIECE = 65_536
@@ -55,7 +58,8 @@ class Task:
     """What to measure. Lengths are in bytes.
 
     kind: "turns": steps of both models by turns, and the products of each. "train": the first
-    step and the fastest. "decode": reading a prompt of `context` bytes, then writing on.
+    step and the fastest. "decode": reading a prompt of `context` bytes, then writing on. "scale":
+    steps of one process and of PROCESSES by turns, in which `chunk_parallel` share each sequence.
     tokens: in a step, in sequences of `context`, at least one; `micro_batch` of them at a time.
     repetitions: after a first one; in "train" and "decode", none begins after so many `seconds`.
     """
@@ -73,6 +77,7 @@ class Task:
     use_autocast: bool = True
     compile: bool = False
     gradient_checkpointing: bool = False
+    chunk_parallel: int | None = None
 
     def config(self, model: str) -> ExperimentConfig:
         """The widths of the comparison, with the task's depth and lengths."""
@@ -90,6 +95,7 @@ class Task:
         }
         if model == "megalodon":
             values |= {"num_layers": self.layers, "chunk_size": self.chunk_size}
+            values["chunk_parallel"] = self.chunk_parallel
         else:
             values |= {"depth": self.layers, "ffn_dim_multiplier": 2.67}
         given = {key: value for key, value in values.items() if value is not None}
@@ -101,25 +107,33 @@ def measure_apart(task: Task, limit: float, cache: str) -> Figures:
 
     limit: in seconds; cache: a folder for compiled code, in place of the user's own.
     """
-    command = [sys.executable, "-m", "megalodon_enwik8.benchmark", "task", json.dumps(asdict(task))]
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": cache,
         "TRITON_CACHE_DIR": f"{cache}/triton",
     }
-    try:
-        result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=limit
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {limit:g} s"}
-    if result.returncode < 0:
-        hint = ", as the system does when memory runs out" if result.returncode == -9 else ""
-        return {"failed": f"killed by signal {-result.returncode}{hint}"}
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        return {"failed": lines[-1].removeprefix("error: ")}
-    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    launch: list[str] = []
+    if task.kind == "scale":
+        launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m"]
+        environment["OMP_NUM_THREADS"] = "1"
+    module = [*launch, "megalodon_enwik8.benchmark"]
+    command = [sys.executable, "-m", *module, "task", json.dumps(asdict(task))]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not kill: torchrun has processes of its own to end
+            return {"failed": f"took more than {limit:g} s"}
+    if process.returncode < 0:
+        hint = ", as the system does when memory runs out" if process.returncode == -9 else ""
+        return {"failed": f"killed by signal {-process.returncode}{hint}"}
+    if process.returncode:
+        lines = stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        said = [line for line in lines if line.startswith("error: ")]  # torchrun says more behind
+        return {"failed": [*lines, *said][-1].removeprefix("error: ")}
+    figures: Figures = json.loads(stdout.splitlines()[-1])
     return figures
 
 
@@ -127,9 +141,9 @@ def measure(task: Task) -> Figures:
     """The task's figures, taken by this process. Raises UserError where memory runs out."""
     machine.keep_freed_memory()
     device = machine.choose_device()
-    measure_kind = {"turns": _turns, "train": _train, "decode": _decode}[task.kind]
+    kinds = {"turns": _turns, "train": _train, "decode": _decode, "scale": _scale}
     try:
-        figures = measure_kind(task, device)
+        figures = kinds[task.kind](task, device)
     except Exception as error:
         if machine.ran_out_of_memory(error):
             raise UserError("out of memory") from None
@@ -189,6 +203,36 @@ def _train(task: Task, device: torch.device) -> Figures:
     }
 
 
+def _scale(task: Task, device: torch.device) -> Figures:
+    """The same step of one process, of all by data and of all along time, as far as they can."""
+    config = task.config("megalodon")
+    with join(device) as every:
+
+        def whole_step(world: World) -> Step:
+            step = _stepper(_build(config, device), config, world)
+
+            def function() -> None:
+                if world.size > 1 or every.is_main:  # who waits computes nothing
+                    step()
+                every.wait()
+
+            return function
+
+        worlds = {"alone": World(device)}
+        if config.sequences_per_step % every.size == 0:
+            worlds = {"data": World(device, every.rank, every.size), **worlds}
+        if config.chunk_parallel > 1:
+            worlds["time"] = World(device, every.rank, every.size, config.chunk_parallel)
+        # In this order each is next to the one that is alone.
+        steps = [whole_step(world) for world in worlds.values()]
+        times = dict(zip(worlds, by_turns(steps, task.repetitions, device), strict=True))
+        figures: Figures = {"processes": every.size}
+        for way, seconds in times.items():
+            efficiency = ratio(times["alone"], seconds) / worlds[way].size
+            figures[way] = {"step_seconds": median(seconds), "efficiency": efficiency}
+        return figures
+
+
 @torch.no_grad()
 def _decode(task: Task, device: torch.device) -> Figures:
     """Reading a prompt and writing greedily, in float32 as inference.py does, one row."""
@@ -235,23 +279,32 @@ def _build(config: ExperimentConfig, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _stepper(model: PreTrainedModel, config: ExperimentConfig) -> Step:
-    """A function that trains the model for one step of random bytes."""
+def _stepper(model: PreTrainedModel, config: ExperimentConfig, world: World | None = None) -> Step:
+    """A function that trains the model for one step of random bytes: all, or the world's share."""
+    device = next(model.parameters()).device
+    world = world or World(device)
     compile_layers(model.train(), config)
+    learner = world.distribute(model, config)
     optimizer = make_optimizer(model, config)
-    shape = (config.sequences_per_step, config.seq_len + 1)
-    batch = torch.randint(256, shape, device=next(model.parameters()).device)
-    return lambda: train_step(model, optimizer, batch, config)
+    shape = (len(world.rows(config.sequences_per_step)), config.seq_len + 1)
+    batch = world.part(torch.randint(256, shape, device=device))
+
+    def step() -> None:
+        with world.sharing_time(model):
+            train_step(learner, optimizer, batch, config, world)
+
+    return step
 
 
 def _matrix_products(model: nn.Module, config: ExperimentConfig) -> Step:
-    """A step's products with weight matrices alone, in bfloat16: forward, three times over.
+    """A step's products with weight matrices alone, in its precision: forward, three times over.
 
     A backward pass has two products of the same size for each. Attention, the moving average,
     and everything that is not a product with a weight matrix are left out.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = [layer.weight.detach().bfloat16() for layer in layers]
+    dtype = torch.bfloat16 if config.use_autocast else torch.float32
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
     widths = {weight.shape[1] for weight in weights}
     rows = config.batch_size * config.seq_len
     x = {width: torch.randn_like(weights[0].new_empty(rows, width)) for width in widths}
@@ -307,8 +360,7 @@ def run_train(options: argparse.Namespace) -> str:
         raise UserError(f"--seq-len {options.seq_len}: does not divide {STEP_BYTES:,} bytes a step")
     sizes = [size for size in options.micro_batches if size <= sequences]
     for size in sizes or options.micro_batches:
-        if sequences % size:
-            raise UserError(f"--micro-batches {size}: does not divide {sequences} sequences a step")
+        check_divides("--micro-batches", size, sequences)
     measured: Figures = {
         "device": machine.device_name(machine.choose_device()),
         "threads": torch.get_num_threads(),
@@ -317,7 +369,7 @@ def run_train(options: argparse.Namespace) -> str:
         "sequences": sequences,
         "seq_len": options.seq_len,
         "chunk_size": options.chunk_size,
-        "dtype": "bfloat16 autocast",
+        "dtype": precision_name(options.use_autocast),
         "timed_steps": options.steps,
         "rows": [],
         "ratios": [],
@@ -333,12 +385,18 @@ def run_train(options: argparse.Namespace) -> str:
                 chunk_size=options.chunk_size,
                 tokens=STEP_BYTES,
                 repetitions=options.steps,
+                use_autocast=options.use_autocast,
                 compile=mode == "compiled",
             )
             starts = [replace(turns, kind="train", model=name, repetitions=1) for name in MODELS]
             tasks += [turns, *starts, *(starts if turns.compile else [])]
     run(options, tasks, measured, record_step)
     return steps_table(measured)
+
+
+def check_divides(option: str, size: int, sequences: int) -> None:
+    if sequences % size:
+        raise UserError(f"{option} {size}: does not divide {sequences} sequences a step")
 
 
 def record_step(measured: Figures, task: Task, figures: Figures) -> None:
@@ -372,14 +430,43 @@ def run_context(options: argparse.Namespace) -> str:
 
         check_can_draw(picture)
     measured: Figures = {"rows": []}
-
-    def record(measured: Figures, task: Task, figures: Figures) -> None:
-        measured["rows"].append({**asdict(task), **figures})
-
-    run(options, context_tasks(options), measured, record)
+    run(options, context_tasks(options), measured, record_row)
     if options.picture:
         draw_context(measured, picture)
     return context_table(measured)
+
+
+def record_row(measured: Figures, task: Task, figures: Figures) -> None:
+    measured["rows"].append({**asdict(task), **figures})
+
+
+def run_scale(options: argparse.Namespace) -> str:
+    """A step of one process and of several, at each context, into scale.json; returns its table."""
+    from megalodon_enwik8.report.tables import parallel_table
+
+    tasks = []
+    for context in sorted(set(options.contexts)):
+        sequences = max(1, STEP_BYTES // context)
+        micro_batch = min(options.micro_batch, sequences)
+        check_divides("--micro-batch", micro_batch, sequences)
+        task = Task(
+            kind="scale",
+            model="megalodon",
+            context=context,
+            tokens=STEP_BYTES,
+            repetitions=options.rounds,
+            micro_batch=micro_batch,
+            layers=options.layers,
+            chunk_size=options.chunk_size,
+            use_autocast=options.use_autocast,
+            compile=options.compile,
+            chunk_parallel=PROCESSES,
+        )
+        task.config("megalodon")  # its error now
+        tasks.append(task)
+    measured: Figures = {"processor": machine.processor_name(), "rows": []}
+    run(options, tasks, measured, record_row)
+    return parallel_table(measured)
 
 
 def context_tasks(options: argparse.Namespace) -> list[Task]:
@@ -406,6 +493,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="training steps: time, memory, compilation")
     context = commands.add_parser("context", help="training, reading, writing against the context")
+    scale = commands.add_parser("scale", help="a step of one process, and of two, a thread each")
     commands.add_parser("task").add_argument("task")  # what a fresh process is asked for
 
     def count(
@@ -418,9 +506,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def some_of(command: argparse.ArgumentParser, name: str, *names: str) -> None:
         command.add_argument(name, nargs="+", choices=names, default=names, help="(all)")
 
-    def switch(name: str, text: str, off: str | None = None) -> None:
+    def switch(
+        command: argparse.ArgumentParser, name: str, text: str, off: str | None = None
+    ) -> None:
         action = "store_false" if off else "store_true"
-        context.add_argument(name, action=action, dest=off, help=text)
+        command.add_argument(name, action=action, dest=off, help=text)
 
     count(train, "--micro-batches", [1, 4, 16], "sequences at a time, as far as a step has them")
     count(train, "--steps", 7, "timed steps of each")
@@ -438,11 +528,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     count(context, "--repetitions", 3, "after a first one; the fastest of all counts")
     count(context, "--seconds", 60, "begin no further repetition after so long")
     count(context, "--new-tokens", 100, "to write")
-    switch("--float32", "train without bfloat16 autocast", off="use_autocast")
-    switch("--compile", "train and write with compiled layers")
-    switch("--gradient-checkpointing", "recompute activations in the backward pass")
-    switch("--no-picture", "write no context.png, which needs matplotlib", off="picture")
-    for command in (train, context):
+    count(
+        scale, "--contexts", [512, 16_384], f"bytes in a sequence; {STEP_BYTES:,} in a step, or one"
+    )
+    count(scale, "--micro-batch", 16, "sequences at a time, as far as a process has them")
+    count(scale, "--rounds", 5, "timed steps of each")
+    count(scale, "--layers", 6, "of the model")
+    count(scale, "--chunk-size", 256, "of its attention")
+    switch(scale, "--compile", "with compiled layers")
+    switch(context, "--compile", "train and write with compiled layers")
+    switch(context, "--gradient-checkpointing", "recompute activations in the backward pass")
+    switch(context, "--no-picture", "write no context.png, which needs matplotlib", off="picture")
+    for command in (train, context, scale):
+        switch(command, "--float32", "train without bfloat16 autocast", off="use_autocast")
         count(command, "--limit", 900, "give up a measurement after so many seconds")
         command.add_argument("--out", default="runs/benchmark", metavar="DIR", help="(%(default)s)")
     return parser.parse_args(argv)
@@ -451,12 +549,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.command == "task":
-        print(json.dumps(measure(Task(**json.loads(options.task)))))
+        with join(machine.choose_device()):
+            print(json.dumps(measure(Task(**json.loads(options.task)))))
         return 0
     machine.choose_device()  # its error now, not from every process
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = run_train(options) if options.command == "train" else run_context(options)
+    commands = {"train": run_train, "context": run_context, "scale": run_scale}
+    tables = commands[options.command](options)
     with atomic_write(folder / f"{options.command}.md") as file:
         file.write(tables.encode())
     print(f"{tables}\nwritten: {options.command}.* in {folder}")

@@ -224,6 +224,11 @@ class ExperimentConfig(BaseModel):
         return yaml.safe_dump(self.used(), sort_keys=False)
 
 
+def precision_name(use_autocast: bool | str) -> str:
+    """What tables and logs call it, once `auto` has chosen."""
+    return "bfloat16 autocast" if use_autocast else "float32"
+
+
 def model_of_key(name: str) -> str | None:
     """The model that alone has the key `name`, or None for a key of both."""
     extra = ExperimentConfig.model_fields[name].json_schema_extra

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.config import ExperimentConfig, load_config, precision_name
 from megalodon_enwik8.data import CODE, ENWIK8, SAMPLE, named_text
 from megalodon_enwik8.evaluation import bits_per_byte
 from megalodon_enwik8.models import count_parameters
@@ -104,7 +104,7 @@ def _results(config: ExperimentConfig, row: Row) -> str:
     ]
     if not lines:
         return "Its loss is not known: no run folder told of it when this was written.\n"
-    precision = "bfloat16 autocast" if config.use_autocast else "float32"
     head = ["| loss, nats per byte | BPC, bits per byte | on |", "|---|---|---|"]
+    precision = precision_name(config.use_autocast)
     foot = f"Measured in {precision}; each byte is predicted from those before it in its window."
     return "\n".join([*head, *lines, "", foot, ""])

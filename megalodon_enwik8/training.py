@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, precision_name
 from megalodon_enwik8.data import Corpus, load_corpus, training_batch, validation_windows
 from megalodon_enwik8.device import (
     autocast,
@@ -471,7 +471,7 @@ def describe(
 ) -> str:
     """The lines that open a run's output."""
     device = world.device
-    precision = "bfloat16 autocast" if config.use_autocast else "float32"
+    precision = precision_name(config.use_autocast)
     if config.use_autocast and not has_bfloat16(device):
         precision += ", which is slow on this processor: use_autocast=auto is many times faster"
     processes = ""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, model_of_key
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, model_of_key, precision_name
 from megalodon_enwik8.safety import UserError
 
 
@@ -227,13 +227,14 @@ def _time(run: Run, measured: dict[str, Any]) -> Run:
     modes = {"compiled" if c["compilation"] == "on" else "eager" for c in _conditions(run)}
     config = run.config
     kind = {"mode": " and ".join(sorted(modes)), "micro_batch": config["batch_size"]}
-    lengths = {"seq_len": config["seq_len"], "bytes_a_step": run.bytes_a_step}
-    lengths |= {"chunk_size": config["chunk_size"]} if "chunk_size" in config else {}
+    shared = {"seq_len": config["seq_len"], "bytes_a_step": run.bytes_a_step}
+    shared["dtype"] = precision_name(config["use_autocast"])
+    shared |= {"chunk_size": config["chunk_size"]} if "chunk_size" in config else {}
     had = {**measured, "bytes_a_step": measured["sequences"] * measured["seq_len"]}
     wanted = {"model": config["model"], **kind}
     rows = [row for row in measured["rows"] if row | wanted == row and "failed" not in row]
-    if not rows or had | lengths != had:
-        asked = ", ".join(f"{key} {value}" for key, value in (wanted | lengths).items())
+    if not rows or had | shared != had:
+        asked = ", ".join(f"{key} {value}" for key, value in (wanted | shared).items())
         raise UserError(f"{run.path}: the benchmark has no such step: {asked}")
     first, each = rows[0]["first_step_seconds"], rows[0]["step_seconds"]
     session = {key: measured.get(key) for key in ("device", "processor", "threads", "torch")}

@@ -8,6 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from megalodon_enwik8.config import precision_name
 from megalodon_enwik8.report.runs import (
     Group,
     Run,
@@ -345,7 +346,7 @@ def context_table(measured: dict[str, Any]) -> str:
         what = f"Reading a prompt and writing on, {first['layers']} layers, one row, float32:"
         if kind == "train":
             extras = [name for name in ("compile", "gradient_checkpointing") if first[name]]
-            precision = "bfloat16 autocast" if first["use_autocast"] else "float32"
+            precision = precision_name(first["use_autocast"])
             what = (
                 f"Training, {first['layers']} layers, {first['tokens']:,} bytes a step, or one row "
                 f"where that is longer, chunks of {first['chunk_size']}, "
@@ -353,6 +354,31 @@ def context_table(measured: dict[str, Any]) -> str:
             )
         parts += [what, table(["context", *names], lines)]
     return "\n\n".join([*parts, *given_up(rows)]) + "\n"
+
+
+def parallel_table(measured: dict[str, Any]) -> str:
+    """What `benchmark scale` measured, scale.json: a step of one process and of several."""
+    rows, step, efficiency = measured["rows"], ("step_seconds", 3, 1), ("efficiency", 2, 1)
+    lines = []
+    for row in rows:
+        alone, *several = (row.get(way, {}) for way in ("alone", "data", "time"))
+        size = f"{max(1, row['tokens'] // row['context'])} x {row['context']:,}"
+        cells = [show(way, column) for way in several for column in (step, efficiency)]
+        lines.append([size, str(row["micro_batch"]), show(alone, step), *cells])
+    parts = [
+        f"{row['layers']} layers, chunks of {row['chunk_size']}, "
+        f"{precision_name(row['use_autocast'])}, {'compiled' if row['compile'] else 'eager'}; "
+        f"{row['processes']} processes, each on {row['device']}, PyTorch {row['torch']}."
+        for row in rows
+        if "alone" in row
+    ][:1]
+    head = ["bytes a step", "micro-batch", "one process, s"]
+    head += [
+        f"{way}{what}"
+        for way in ("data parallel", "along time")
+        for what in (", s", ": efficiency")
+    ]
+    return "\n\n".join([*parts, table(head, lines), *given_up(rows)]) + "\n"
 
 
 # Tables of the cost model

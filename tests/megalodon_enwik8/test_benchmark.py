@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 
 from megalodon_enwik8 import benchmark
 from megalodon_enwik8.benchmark import Task
+from megalodon_enwik8.config import precision_name
+from megalodon_enwik8.distributed import World
 from megalodon_enwik8.safety import UserError
 
 TINY = Task("train", "megalodon", 64, 128, 1, layers=1, chunk_size=32, new_tokens=3)
@@ -40,7 +42,7 @@ def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """run_faked(*arguments, answer=fake): the JSON that a command leaves, in tmp_path; measuring,
     tables and pictures are faked."""
     report = "megalodon_enwik8.report"
-    tables = SimpleNamespace(steps_table=str, context_table=str)
+    tables = SimpleNamespace(steps_table=str, context_table=str, parallel_table=str)
     pictures = SimpleNamespace(
         check_can_draw=lambda path: None,
         draw_context=lambda measured, path: path.write_text("picture"),
@@ -85,6 +87,34 @@ def test_steps_of_both_models_are_measured_with_their_products() -> None:
         assert figures[name]["step_over_matrix_products"] == over
 
 
+def test_several_processes_are_measured_beside_one(tmp_path: Path) -> None:
+    task = replace(TINY, kind="scale", use_autocast=False, chunk_parallel=2)
+    figures = benchmark.measure_apart(task, 300, str(tmp_path))
+    assert figures["processes"] == 2
+    assert figures["alone"]["efficiency"] == 1
+    for way in ("data", "time"):  # one repetition: the ratio is that of its two times
+        times = [figures[name]["step_seconds"] for name in ("alone", way)]
+        assert figures[way]["efficiency"] == times[0] / times[1] / 2
+
+
+@pytest.mark.parametrize(
+    ("along_data", "along_time", "shape"), [((1, 2), (0, 1), (1, 65)), ((0, 1), (1, 2), (2, 33))]
+)
+def test_a_process_trains_on_its_share_of_a_step(
+    along_data: tuple[int, int],
+    along_time: tuple[int, int],
+    shape: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(TINY, micro_batch=2).config("megalodon")
+    world = World(torch.device("cpu"))
+    world.along_data, world.along_time = along_data, along_time
+    batches: list[torch.Tensor] = []
+    monkeypatch.setattr(benchmark, "train_step", lambda *given: batches.append(given[2]))
+    benchmark._stepper(benchmark.build_model(config), config, world)()
+    assert batches[0].shape == shape
+
+
 def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
     calls: list[str] = []
     functions = [lambda name=name: calls.append(name) for name in "ab"]
@@ -94,15 +124,19 @@ def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
     assert benchmark.ratio([1, 20, 3], [2, 10, 6]) == 0.5  # not 24 / 18
 
 
-def test_bound_is_three_times_the_forward_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("use_autocast", [True, False])
+def test_bound_is_three_times_the_forward_products(
+    use_autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted in multiplications: 3 x sequences x length x weights."""
     counted = []
 
     def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
-        assert x.dtype == weight.dtype == torch.bfloat16
+        assert x.dtype == weight.dtype == (torch.bfloat16 if use_autocast else torch.float32)
         counted.append(x.shape[0] * weight.numel())
 
-    config = Task("turns", "both", 8, 16 * 8, 1, micro_batch=4).config("llama")
+    task = Task("turns", "both", 8, 16 * 8, 1, micro_batch=4, use_autocast=use_autocast)
+    config = task.config("llama")
     products = benchmark._matrix_products(benchmark.build_model(config), config)
     monkeypatch.setattr(benchmark.F, "linear", linear)
     products()
@@ -115,6 +149,7 @@ def test_bound_is_three_times_the_forward_products(monkeypatch: pytest.MonkeyPat
     [
         (TINY, 0.01, "took more than 0.01 s"),  # torch alone takes longer to load
         (replace(TINY, layers=0), 300, "num_layers"),
+        (replace(TINY, kind="scale", chunk_parallel=3), 300, "chunk_parallel=3: seq_len=64"),
         (replace(TINY, context=10**6, tokens=10**15), 300, "out of memory"),
     ],
 )
@@ -147,6 +182,15 @@ def test_a_step_has_the_same_bytes_at_every_length(run_faked: Any) -> None:
         assert (config.tokens_per_step, config.seq_len, config.chunk_size) == (8192, 2048, 1024)
 
 
+def test_processes_share_the_step_of_the_protocol_or_one_sequence(run_faked: Any) -> None:
+    rows = run_faked("scale", "--micro-batch", 8)["rows"]
+    assert [(row["context"], row["micro_batch"]) for row in rows] == [(512, 8), (16_384, 1)]
+    configs = [
+        Task(**{name: row[name] for name in asdict(TINY)}).config("megalodon") for row in rows
+    ]
+    assert [config.sequences_per_step for config in configs] == [16, 1]
+
+
 def test_each_context_is_a_row_a_failed_one_too(run_faked: Any, tmp_path: Path) -> None:
     measured = run_faked("context", "--contexts", 128, 64, "--positions", 1000)
     assert [(row["kind"], row["model"], row["context"]) for row in measured["rows"]] == [
@@ -161,6 +205,20 @@ def test_each_context_is_a_row_a_failed_one_too(run_faked: Any, tmp_path: Path) 
     assert set(committed[7]) <= set(measured["rows"][1])  # both failed
     assert (tmp_path / "context.md").read_text() == str(measured)
     assert (tmp_path / "context.png").read_text() == "picture"
+
+
+@pytest.mark.parametrize("command", ["train", "context", "scale"])
+@pytest.mark.parametrize(
+    ("arguments", "dtype"), [([], "bfloat16 autocast"), (["--float32"], "float32")]
+)
+def test_the_switch_sets_and_names_the_precision(
+    command: str, arguments: list[str], dtype: str, run_faked: Any
+) -> None:
+    tasks: list[Task] = []
+    answer = lambda task, *more: [tasks.append(task), fake(task, *more)][1]  # noqa: E731
+    measured = run_faked(command, *arguments, answer=answer)
+    assert {precision_name(task.use_autocast) for task in tasks} == {dtype}
+    assert command != "train" or measured["dtype"] == dtype
 
 
 @pytest.mark.parametrize("command", ["train", "context"])
@@ -185,6 +243,8 @@ def test_what_is_measured_survives_an_interruption(command: str, run_faked: Any)
         ("train --micro-batches 4 --seq-len 8192", "--micro-batches 4: does not divide 1 sequence"),
         ("train --seq-len 1000", "--seq-len 1000: does not divide 8,192 bytes a step"),
         ("context --contexts 0", "argument --contexts: '0' is not a whole number >= 1"),
+        ("scale --contexts 512 800", "chunk_parallel=2: seq_len=800 must be that many parts of wh"),
+        ("scale --micro-batch 3", "--micro-batch 3: does not divide 16 sequences a step"),
         ("context --measure speed", "invalid choice: 'speed'"),
     ],
 )

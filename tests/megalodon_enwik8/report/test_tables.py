@@ -16,6 +16,7 @@ from megalodon_enwik8.report.tables import (
     compare,
     context_table,
     headline,
+    parallel_table,
     runs,
     sample,
     search,
@@ -84,7 +85,8 @@ def timing(**changes: Any) -> dict[str, Any]:
         {"model": "llama", **kind, "step_seconds": 1.5, "peak_memory_bytes": 1e9},
     ]
     where = {"device": "cpu (2 of 2 cores)", "processor": "x", "threads": 2, "torch": "2.13.0"}
-    return {**where, "sequences": 16, "seq_len": 512, "chunk_size": 256, "rows": rows, **changes}
+    steps = {"sequences": 16, "seq_len": 512, "chunk_size": 256, "dtype": "bfloat16 autocast"}
+    return {**where, **steps, "rows": rows, **changes}
 
 
 def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path: Path) -> None:
@@ -102,7 +104,8 @@ def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rows": []}, {"seq_len": 2048}, {"chunk_size": 1024}, {"sequences": 8}]
+    "changes",
+    [{"rows": []}, {"seq_len": 2048}, {"chunk_size": 1024}, {"sequences": 8}, {"dtype": "float32"}],
 )
 def test_a_benchmark_of_other_steps_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     group = one_group(["megalodon*"], folder)
@@ -202,3 +205,19 @@ def test_benchmarks_have_a_dash_where_nothing_was_measured() -> None:
     steps["ratios"][0]["memory"] = None
     assert "| Llama | compiled | 16 | – | – | – | – | – |" in steps_table(steps)
     assert "| eager | 1 | 1.00 | – |" in steps_table(steps)
+
+
+def test_several_processes_stand_beside_one_as_far_as_they_can_share_a_step() -> None:
+    task = {"kind": "scale", "tokens": 8192, "layers": 6, "chunk_size": 256, "compile": False}
+    where = {"use_autocast": False, "processes": 2, "device": "cpu", "torch": "2", **task}
+    way = {"step_seconds": 1.25, "efficiency": 0.8}
+    ways = {"alone": {"step_seconds": 2.0, "efficiency": 1.0}, "time": way}
+    rows = [
+        {**task, "context": 512, "micro_batch": 16, "failed": "out of memory"},
+        {**where, "context": 16_384, "micro_batch": 1, **ways},
+    ]
+    text = parallel_table({"rows": rows})
+    assert text.startswith("6 layers, chunks of 256, float32, eager; 2 processes, each on cpu, Py")
+    assert row(text, "16 x 512") == ["16", *"–––––"]
+    assert row(text, "1 x 16,384") == ["1", "2.000", "–", "–", "1.250", "0.80"]
+    assert "- given up: 16, scale, 512: out of memory" in text
