@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cema_blocks import (
-    BlockMatrices,
     CEMACoefficients,
     block_matrices,
     bring_back,
@@ -210,20 +209,19 @@ def cema_step(x: Tensor, c: CEMAStepCoefficients, state: Tensor) -> tuple[Tensor
 
 
 class CEMAPieceCoefficients(NamedTuple):
-    """What short pieces have in common. powers: complex (T + 1, D, N), q^0 .. q^T; toeplitz:
-    (D, T, T), a block's inputs to its outputs; sides: see :class:`BlockMatrices`."""
+    """What short pieces have in common: the powers of q and a block's summary and readout, as
+    :func:`block_matrices` has them, and its kernel as a matrix (D, T, T)."""
 
     powers: Tensor
+    sides: Tensor
     toeplitz: Tensor
-    sides: BlockMatrices
 
 
 def cema_piece_coefficients(c: CEMACoefficients) -> CEMAPieceCoefficients:
     """The coefficients as :func:`cema_piece` takes them."""
-    c = CEMACoefficients(*(t.contiguous() for t in c))
     powers = q_powers(c.log_q, BLOCK, 0, BLOCK)
-    sides = block_matrices(c, powers, c.p.dtype)
-    return CEMAPieceCoefficients(powers, toeplitz(sides.kernel), sides)
+    kernel, sides = block_matrices(c, powers, c.p.dtype)
+    return CEMAPieceCoefficients(powers, sides, toeplitz(kernel))
 
 
 @without_autocast
@@ -234,9 +232,9 @@ def cema_piece(x: Tensor, c: CEMAPieceCoefficients, state: Tensor) -> tuple[Tens
     state = state.to(c.toeplitz.dtype)
     entry = state.flatten(2).transpose(0, 1)  # (D, B, 2N)
     rows = lay_out(x.to(state.dtype), length)  # (D, B, L)
-    y = torch.bmm(rows, c.toeplitz[:, :length, :length])
-    y = y.baddbmm_(entry, c.sides.readout[:, :length].transpose(1, 2))
-    added = torch.bmm(rows, c.sides.summary[:, -length:]).transpose(0, 1).unflatten(-1, (-1, 2))
+    summary, readout = c.sides[0, -length:].transpose(0, 1), c.sides[1, :length].permute(1, 2, 0)
+    y = torch.bmm(rows, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
+    added = torch.bmm(rows, summary).transpose(0, 1).unflatten(-1, (-1, 2))
     before = torch.view_as_complex(state.contiguous())
     after = torch.addcmul(torch.view_as_complex(added), c.powers[length], before)
     return bring_back(y, batch, length).to(x.dtype), torch.view_as_real(after)

@@ -35,26 +35,12 @@ class CEMACoefficients(NamedTuple):
     omega: Tensor
 
 
-class BlockMatrices(NamedTuple):
-    """kernel (T, D); sides (2, T, D, 2N), the summary and the readout, where a state's real and
-    imaginary parts alternate."""
-
-    kernel: Tensor
-    sides: Tensor
-
-    @property
-    def summary(self) -> Tensor:
-        """(D, T, 2N)."""
-        return self.sides[0].transpose(0, 1)
-
-    @property
-    def readout(self) -> Tensor:
-        """(D, T, 2N)."""
-        return self.sides[1].transpose(0, 1)
-
-
-def block_matrices(c: CEMACoefficients, powers: Tensor, dtype: torch.dtype) -> BlockMatrices:
-    """What a block of T steps is made of, from q^0 .. q^T, complex (T + 1, D, N)."""
+def block_matrices(
+    c: CEMACoefficients, powers: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What a block of T steps is made of, from q^0 .. q^T, complex (T + 1, D, N): the kernel
+    (T, D), and the summary and the readout, (2, T, D, 2N), where real and imaginary parts of a
+    state alternate."""
     reads = torch.view_as_complex(c.g) * powers
     # The kernel is what the readout makes of an input of one.
     kernel = (c.p * reads[:-1].real).sum(-1)
@@ -62,25 +48,19 @@ def block_matrices(c: CEMACoefficients, powers: Tensor, dtype: torch.dtype) -> B
     sides = powers.new_empty(2, *reads[1:].shape)
     torch.mul(c.p, powers[:-1].flip(0), out=sides[0])
     torch.conj_physical(reads[1:], out=sides[1])  # Re(read h) = <conj(read), h> as pairs
-    return BlockMatrices(kernel.to(dtype), _pairs(sides).to(dtype))
+    return kernel.to(dtype), _pairs(sides).to(dtype)
 
 
 def block_matrices_backward(
-    c: CEMACoefficients,
-    powers: Tensor,
-    grad_kernel: Tensor,
-    grad_summary: Tensor,
-    grad_readout: Tensor,
-    jump: Tensor,
-    grad_jump: Tensor,
+    c: CEMACoefficients, powers: Tensor, grad: Sequence[Tensor], jump: Tensor, grad_jump: Tensor
 ) -> Tensor:
-    """Gradients (3, D, N, 2) of p (in the real part), log q and g from those of
-    :func:`block_matrices`, (D, T) and (D, T, 2N), and of q^T, by which a state goes on: jump is
-    conj(q^T), (D, N).
+    """Gradients (3, D, N, 2) of p (in the real part), log q and g from those of kernel, summary and
+    readout, (D, T) and (D, T, 2N), and of q^T, by which a state goes on: jump is conj(q^T), (D, N).
 
     The gradient of a complex number is that of its real part plus i times that of its imaginary
     part. Sums of products with q^t, where those with its conjugate are meant, are conjugate.
     """
+    grad_kernel, grad_summary, grad_readout = grad
     p, g, powers = c.p, torch.view_as_complex(c.g), powers.transpose(0, 1)
     left = _complex(grad_summary.flip(1)).conj_physical_()  # (D, T, N), of q^0 and on
     parts = powers.new_empty(3, *left.shape)
@@ -146,9 +126,10 @@ def _cema_blocks(
     blocks = -(-length // block)
     powers = q_powers(c.log_q, block, scan_jumps(blocks), block)
     far, near = powers[: -block - 1], powers[-block - 1 :]
-    m = block_matrices(c, near, x.dtype)
+    kernel, sides = block_matrices(c, near, x.dtype)
+    summary, readout = sides.transpose(1, 2)  # (D, T, 2N)
     rows = lay_out(x, block)
-    s = _states(torch.bmm(rows, m.summary), batch, c.p.dtype)
+    s = _states(torch.bmm(rows, summary), batch, c.p.dtype)
     first = None
     if state is not None:
         first = torch.view_as_complex(state.contiguous()).transpose(0, 1).unsqueeze(2)
@@ -159,8 +140,8 @@ def _cema_blocks(
         before = before * _goes_on(document)
     before = F.pad(before, (0, 0, 1, 0)) if first is None else torch.cat([first, before], dim=2)
     entries = _pairs(before).to(x.dtype).flatten(1, 2)
-    y = torch.bmm(rows, toeplitz(m.kernel)).baddbmm_(entries, m.readout.transpose(1, 2))
-    saved = [entries, torch.view_as_real(powers), *m]
+    y = torch.bmm(rows, toeplitz(kernel)).baddbmm_(entries, readout.transpose(1, 2))
+    saved = [entries, torch.view_as_real(powers), kernel, sides]
     return bring_back(y, batch, length), torch.view_as_real(s), saved
 
 
@@ -202,12 +183,14 @@ def _cema_blocks_backward(
     matrices and of the scan's q.
     """
     c = CEMACoefficients(*(t.contiguous() for t in coefficients))
-    entries, powers, m = saved[0], torch.view_as_complex(saved[1]), BlockMatrices(*saved[2:])
+    entries, powers, kernel, sides = saved
+    summary, readout = sides.transpose(1, 2)  # (D, T, 2N)
+    powers = torch.view_as_complex(powers)
     (batch, length, _), (dim, order), dtype = x.shape, c.p.shape, c.p.dtype
     far, near = powers[: -block - 1].flip(0).conj_physical_(), powers[-block - 1 :]
     jump = far[-1]
     rows, back = lay_out(x, block), lay_out(grad_y, block)
-    s = _states(torch.bmm(back, m.readout), batch, dtype)
+    s = _states(torch.bmm(back, readout), batch, dtype)
     if grad_states is not None:
         of_states = torch.view_as_complex(grad_states.contiguous())
         s.addcmul_(jump[:, None, None], of_states)
@@ -219,21 +202,20 @@ def _cema_blocks_backward(
     if grad_states is not None:
         after += of_states
     left = _pairs(after).to(x.dtype).flatten(1, 2)
-    grad_x = torch.bmm(back, toeplitz(m.kernel).transpose(1, 2))
-    grad_x = bring_back(grad_x.baddbmm_(left, m.summary.transpose(1, 2)), batch, length)
+    grad_x = torch.bmm(back, toeplitz(kernel).transpose(1, 2))
+    grad_x = bring_back(grad_x.baddbmm_(left, summary.transpose(1, 2)), batch, length)
 
     rows = rows.transpose(1, 2)
-    grad_kernel = _toeplitz_adjoint(torch.bmm(rows, back).to(dtype))
-    grad_summary = torch.bmm(rows, left).to(dtype)
-    grad_readout = torch.bmm(back.transpose(1, 2), entries).to(dtype)
+    grad = (
+        _toeplitz_adjoint(torch.bmm(rows, back).to(dtype)),
+        torch.bmm(rows, left).to(dtype),
+        torch.bmm(back.transpose(1, 2), entries).to(dtype),
+    )
     of_jump = torch.bmm(entries.transpose(1, 2), left).to(dtype).view(dim, order, 2, order, 2)
     # (2, D, N): real and imaginary part of the entry, times the gradient
     re, im = _complex(of_jump.diagonal(dim1=1, dim2=3).permute(1, 0, 3, 2).flatten(2))
-    grad_jump = torch.sub(re, im, alpha=1j)
-    grads = block_matrices_backward(
-        c, near, grad_kernel, grad_summary, grad_readout, jump, grad_jump
-    )
-    return grad_x, grads, grad_kernel, torch.view_as_real(s)
+    grads = block_matrices_backward(c, near, grad, jump, torch.sub(re, im, alpha=1j))
+    return grad_x, grads, grad[0], torch.view_as_real(s)
 
 
 @_cema_blocks_backward.register_fake
