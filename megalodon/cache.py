@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .configuration_megalodon import MegalodonConfig
-from .ops.cema import CEMAStepCoefficients
+from .ops.cema import BLOCK
 from .ops.chunk_attention import AttentionState
 from .ops.timestep_norm import TimestepNormState
 
-FEW = 32
+FEW = BLOCK
 """Tokens that are read with others at little more than the cost of the others: a block of CEMA."""
+
+KeptCoefficients = dict[tuple[nn.Module, bool], Any]
+"""What single steps (True) and short pieces multiply with, of each CEMA that has read one."""
 
 
 class LayerState(NamedTuple):
@@ -47,10 +50,10 @@ class MegalodonCache(Cache):
     Pass the cache of one call as ``cache`` of the next, with the tokens that follow.
     The model fills the same object.
 
-    While single tokens are decoded, without gradients, the cache also keeps what CEMA multiplies
-    with at each of them, which takes longer to compute than the step does. Any other call drops
-    it, and so do :meth:`reset`, :meth:`map` and copying: weights must not change between two
-    single steps of one cache, unless one of these lies between.
+    While single tokens are decoded, or up to `FEW` at a time, without gradients, the cache also
+    keeps what CEMA multiplies with at each call, which takes longer to compute than the call does.
+    Any other call drops it, and so do :meth:`reset`, :meth:`map` and copying: weights must not
+    change between two such calls of one cache, unless one of these lies between.
 
     Averages have no way back. What :meth:`crop` is to take away must therefore be recorded: after
     :meth:`activate_past_recording` the cache holds a copy of the states, and the arguments of all
@@ -66,7 +69,7 @@ class MegalodonCache(Cache):
         lengths: (B,) int64, tokens of each row's document so far, without padding.
         uniform_length: the same as a number where all rows agree, else ``None``.
         positions: positions seen, padding included.
-        kept: what single steps multiply with, of each CEMA that has decoded one.
+        kept: see :data:`KeptCoefficients`.
         is_croppable: whether calls are recorded.
     """
 
@@ -86,17 +89,17 @@ class MegalodonCache(Cache):
         self.lengths: Tensor | None = None
         self.uniform_length: int | None = 0
         self.positions = 0
-        self.kept: dict[nn.Module, CEMAStepCoefficients] = {}
+        self.kept: KeptCoefficients = {}
         self._start, self._calls, self._cropped = None, [], False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": {}}  # whose keys would be copied too: parts of a model
 
-    def keep_for(self, step: bool) -> dict[nn.Module, CEMAStepCoefficients] | None:
-        """What is kept for a call that is a single step; else ``None``, and it is dropped."""
-        if not step:
+    def keep_for(self, few: bool) -> KeptCoefficients | None:
+        """What is kept for a call of few tokens; else ``None``, and it is dropped."""
+        if not few:
             self.kept = {}
-        return self.kept if step else None
+        return self.kept if few else None
 
     def check(self, config: MegalodonConfig, batch_size: int) -> None:
         """Raise ValueError if the cache is another model's or another batch's."""

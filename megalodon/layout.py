@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .cache import MegalodonCache
-from .ops.cema import BLOCK, CEMAStepCoefficients
+from .cache import KeptCoefficients, MegalodonCache
+from .ops.cema import BLOCK
 from .ops.segments import Segments, build_segments
 from .time_parallel import TimeGroup
 
@@ -21,7 +21,7 @@ class Layout:
     segments: padding and document borders, ``None`` for plain text.
     return_state: whether the states after the last token are wanted.
     fused: whether attention runs by PyTorch's fused operation.
-    kept: the cache's, where one further token is decoded; else ``None``.
+    kept: the cache's, where few further tokens are read; else ``None``.
     time: the processes that share the sequence; ``None`` for this one alone.
     """
 
@@ -30,7 +30,7 @@ class Layout:
     segments: Segments | None
     return_state: bool
     fused: bool
-    kept: dict[nn.Module, CEMAStepCoefficients] | None
+    kept: KeptCoefficients | None
     time: TimeGroup | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
@@ -157,8 +157,8 @@ def read_layout(
     uniform = 0 if cache is None else cache.uniform_length
 
     def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
-        step = length == 1 and lengths is not None and segments is None
-        kept = None if cache is None else cache.keep_for(step and not torch.is_grad_enabled())
+        few = length <= BLOCK and lengths is not None and segments is None
+        kept = None if cache is None else cache.keep_for(few and not torch.is_grad_enabled())
         return Layout(rotary, offset, segments, return_state, fused, kept, time)
 
     if mask is None and border is None:

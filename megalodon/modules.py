@@ -10,7 +10,14 @@ from transformers import initialization as init
 
 from .configuration_megalodon import MegalodonConfig
 from .layout import Layout
-from .ops.cema import cema, cema_coefficients, cema_step, cema_step_coefficients
+from .ops.cema import (
+    cema,
+    cema_coefficients,
+    cema_piece,
+    cema_piece_coefficients,
+    cema_step,
+    cema_step_coefficients,
+)
 from .ops.cema_blocks import CEMACoefficients
 from .ops.chunk_attention import apply_rotary
 from .ops.elementwise import rms_norm, swiglu
@@ -113,9 +120,11 @@ class MegalodonCEMA(Float32Module):
                 parts=layout.time,
             )
         assert state is not None
-        if self not in layout.kept:
-            layout.kept[self] = cema_step_coefficients(self._coefficients())
-        return cema_step(x, layout.kept[self], state)
+        one = x.shape[1] == 1
+        if (self, one) not in layout.kept:
+            keep = cema_step_coefficients if one else cema_piece_coefficients
+            layout.kept[self, one] = keep(self._coefficients())
+        return (cema_step if one else cema_piece)(x, layout.kept[self, one], state)
 
     def _coefficients(self) -> CEMACoefficients:
         return cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)

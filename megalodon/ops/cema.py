@@ -19,10 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cema_blocks import CEMACoefficients, cema_blocks, cema_blocks_of_part, q_powers
+from .cema_blocks import (
+    CEMACoefficients,
+    block_matrices,
+    bring_back,
+    cema_blocks,
+    cema_blocks_of_part,
+    lay_out,
+    toeplitz,
+)
 from .parts import Parts
 from .precision import wide_dtype, without_autocast
-from .scan import complex_power
+from .scan import complex_power, q_powers
 from .segments import Segments, gather_slots, scatter_slots
 
 BLOCK = 32
@@ -39,20 +47,20 @@ def cema_coefficients(
     """
     dtype = wide_dtype(alpha)
     p = alpha.to(dtype).sigmoid()
-    log_rho = torch.log1p(-p * delta.to(dtype).sigmoid())
+    log_rho = torch.log1p(-(p * delta.to(dtype).sigmoid()))
     order = alpha.shape[1]
-    n = torch.arange(1, order + 1, dtype=dtype, device=alpha.device)
-    turns = theta.to(dtype).sigmoid().unsqueeze(-1) * (n / order)
+    turns = torch.linspace(1 / order, 1, order, dtype=dtype, device=alpha.device)
+    turns = theta.to(dtype).sigmoid().unsqueeze(-1) * turns
     g = gamma.to(dtype) / math.sqrt(order)
-    return CEMACoefficients(p, log_rho, turns, g[..., 0], g[..., 1], omega.to(dtype))
+    return CEMACoefficients(p, torch.stack([log_rho, turns], dim=-1), g, omega.to(dtype))
 
 
 def cema_reference(
     x: Tensor, c: CEMACoefficients, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one step after the other. Arguments as :func:`cema`."""
-    q = torch.polar(c.log_rho.exp(), c.turns * (2 * math.pi))
-    g = torch.complex(c.g_re, c.g_im)
+    q = torch.polar(c.log_q[..., 0].exp(), c.log_q[..., 1] * (2 * math.pi))
+    g = torch.view_as_complex(c.g)
     u = x.to(c.p.dtype)
     if state is None:
         state = u.new_zeros(x.shape[0], *c.p.shape, 2)
@@ -96,24 +104,51 @@ def cema(
     Returns:
         y (B, L, D) in the dtype of x; the state (B, D, N, 2) after the last step, or ``None``.
     """
+    length = x.shape[1]
     if parts is not None:
-        return cema_blocks_of_part(x, c, math.gcd(BLOCK, x.shape[1]), parts), None
-    if x.shape[1] == 1 and segments is None:
-        return _traceable_step(x, c, state)
-    keep = None
-    if segments is None:
-        block = min(BLOCK, x.shape[1])
-    else:
-        block = segments.block
-        x = scatter_slots(x, segments.block_slot, segments.num_blocks * block)
-        owner = F.pad(segments.block_document[:, :-1], (1, 0))
-        keep = (owner == segments.block_document).to(c.p.dtype)
-    y, entries = cema_blocks(x, c, state, keep, block)
+        return cema_blocks_of_part(x, c, math.gcd(BLOCK, length), parts), None
     if segments is not None:
-        y = gather_slots(y, segments.block_slot)
+        return _cema_segments(x, c, state, segments, return_state=return_state)
+    if length == 1:
+        return _traceable_step(x, c, state)
+    rest = length % BLOCK if length > BLOCK else 0
+    if return_state and rest:  # the state after the last step is one that a block leaves
+        y, state = cema(x[:, :-rest], c, state)
+        y_rest, state = cema(x[:, -rest:], c, state)
+        return torch.cat([y, y_rest], dim=1), state
+    y, states = cema_blocks(x, c, state, None, min(BLOCK, length))
+    return y, states[:, :, -1].transpose(0, 1) if return_state else None
+
+
+def _cema_segments(
+    x: Tensor, c: CEMACoefficients, state: Tensor | None, segments: Segments, *, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`cema` of rows with padding and document borders."""
+    block, document = segments.block, segments.block_document
+    x = scatter_slots(x, segments.block_slot, segments.num_blocks * block)
+    first = x.new_zeros(len(x), *c.log_q.shape, dtype=c.p.dtype) if state is None else state
+    owner = F.pad(document[:, :-1], (1, 0))  # of what comes to a block
+    first = first * (document[:, 0] == 0).view(-1, 1, 1, 1)
+    y, states = cema_blocks(x, c, first, document, block)
+    y = gather_slots(y, segments.block_slot)
     if not return_state:
         return y, None
-    return y, _final_state(x, entries, c, block, segments)
+    rows = torch.arange(len(x), device=x.device)
+    last = (segments.block_used - 1).clamp(min=0) // block
+    count = segments.block_used - last * block  # (B,), 0 for a row without tokens
+    slots = torch.arange(block, device=x.device) - block + count.unsqueeze(1)
+    slots = torch.where(slots >= 0, slots + last.unsqueeze(1) * block, x.shape[1])
+    tail = gather_slots(x, slots)  # moved to its block's end
+    entries = torch.cat([first.unsqueeze(1), states.permute(1, 2, 0, 3, 4)], dim=1)
+    keep = (owner == document)[rows, last].to(c.p.dtype).view(-1, 1, 1)
+    q_re, q_im = complex_power(c.log_q, count.view(-1, 1, 1))
+    re, im = (keep * part for part in entries[rows, last].unbind(-1))
+    kept = torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
+    steps = torch.arange(block - 1, -1, -1, device=x.device).view(-1, 1, 1)
+    powers = torch.stack(complex_power(c.log_q, steps), dim=-1)  # (T, D, N, 2)
+    # Multiplied and summed: as a batched product it would be D tiny ones.
+    added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
+    return y, kept + added
 
 
 def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -122,46 +157,13 @@ def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tup
     re = c.p * u.unsqueeze(-1)  # (B, D, N)
     im = torch.zeros_like(re)
     if state is not None:
-        q_re, q_im = complex_power(c.log_rho, c.turns)
+        q_re, q_im = complex_power(c.log_q)
         h_re, h_im = state.unbind(-1)
         re = torch.addcmul(torch.addcmul(re, q_re, h_re), q_im, h_im, value=-1)
         im = torch.addcmul(q_re * h_im, q_im, h_re)
-    read = torch.linalg.vecdot(c.g_re, re) - torch.linalg.vecdot(c.g_im, im)
+    read = torch.linalg.vecdot(c.g[..., 0], re) - torch.linalg.vecdot(c.g[..., 1], im)
     y = torch.addcmul(read, c.omega, u)
     return y.unsqueeze(1).to(x.dtype), torch.stack([re, im], dim=-1)
-
-
-def _final_state(
-    x: Tensor, entries: Tensor, c: CEMACoefficients, block: int, segments: Segments | None
-) -> Tensor:
-    """The state (B, D, N, 2) after the last step of x (B, L, D)."""
-    batch, length, _ = x.shape
-    if segments is None:
-        used = (length - 1) % block + 1
-        tail, before = x[:, -used:], (length - 1) // block  # blocks before the last
-        last = entries[:, before]  # (B, D, N, 2)
-        count: int | Tensor = used
-    else:
-        index = (segments.block_used - 1).clamp(min=0) // block
-        count = segments.block_used - index * block  # (B,), 0 for a row without tokens
-        slots = torch.arange(block, device=x.device) - block + count.unsqueeze(1)
-        slots = torch.where(slots >= 0, slots + index.unsqueeze(1) * block, length)
-        tail = gather_slots(x, slots)  # moved to its block's end
-        last = entries[torch.arange(batch, device=x.device), index]
-    # The powers of a block's matrices come cheaper, but neither differentiable nor traceable.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        steps = torch.arange(tail.shape[1] - 1, -1, -1, device=x.device).view(-1, 1, 1)
-        powers = torch.stack(complex_power(c.log_rho, c.turns, steps), dim=-1)  # (T, D, N, 2)
-        exponent = torch.as_tensor(count, device=x.device)[..., None, None]
-        q_re, q_im = complex_power(c.log_rho, c.turns, exponent)
-    else:
-        all_powers = torch.view_as_real(q_powers(c, tail.shape[1]))
-        powers = all_powers[:-1].flip(0)
-        q_re, q_im = all_powers[count].unbind(-1)
-    # Multiplied and summed: as a batched product it would be D tiny ones.
-    added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
-    re, im = last.unbind(-1)
-    return added + torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
 
 
 class CEMAStepCoefficients(NamedTuple):
@@ -176,8 +178,8 @@ class CEMAStepCoefficients(NamedTuple):
 
 def cema_step_coefficients(c: CEMACoefficients) -> CEMAStepCoefficients:
     """The coefficients as :func:`cema_step` takes them."""
-    q = torch.complex(*complex_power(c.log_rho, c.turns))
-    read = torch.stack([c.g_re, -c.g_im], dim=-1).flatten(-2)
+    q = torch.complex(*complex_power(c.log_q))
+    read = torch.view_as_real(torch.view_as_complex(c.g).conj_physical()).flatten(-2)
     return CEMAStepCoefficients(c.p.to(q.dtype), q, read, c.omega.clone())
 
 
@@ -190,3 +192,35 @@ def cema_step(x: Tensor, c: CEMAStepCoefficients, state: Tensor) -> tuple[Tensor
     after = torch.view_as_real(torch.addcmul(c.p * u.unsqueeze(-1), c.q, before))
     y = torch.addcmul(torch.linalg.vecdot(c.read, after.flatten(-2)), c.omega, u)
     return y.unsqueeze(1).to(x.dtype), after
+
+
+class CEMAPieceCoefficients(NamedTuple):
+    """What short pieces have in common: the powers of q and a block's summary and readout, as
+    :func:`block_matrices` has them, and its kernel as a matrix (D, T, T)."""
+
+    powers: Tensor
+    sides: Tensor
+    toeplitz: Tensor
+
+
+def cema_piece_coefficients(c: CEMACoefficients) -> CEMAPieceCoefficients:
+    """The coefficients as :func:`cema_piece` takes them."""
+    powers = q_powers(c.log_q, BLOCK, 0, BLOCK)
+    kernel, sides = block_matrices(c, powers, c.p.dtype)
+    return CEMAPieceCoefficients(powers, sides, toeplitz(kernel))
+
+
+@without_autocast
+def cema_piece(x: Tensor, c: CEMAPieceCoefficients, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A piece of at most `BLOCK` steps with few operations, for decoding: x (B, L, D); else as
+    :func:`cema`."""
+    batch, length, _ = x.shape
+    state = state.to(c.toeplitz.dtype)
+    entry = state.flatten(2).transpose(0, 1)  # (D, B, 2N)
+    rows = lay_out(x.to(state.dtype), length)  # (D, B, L)
+    summary, readout = c.sides[0, -length:].transpose(0, 1), c.sides[1, :length].permute(1, 2, 0)
+    y = torch.bmm(rows, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
+    added = torch.bmm(rows, summary).transpose(0, 1).unflatten(-1, (-1, 2))
+    before = torch.view_as_complex(state.contiguous())
+    after = torch.addcmul(torch.view_as_complex(added), c.powers[length], before)
+    return bring_back(y, batch, length).to(x.dtype), torch.view_as_real(after)

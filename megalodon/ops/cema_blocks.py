@@ -7,9 +7,8 @@ the readout, which takes the state on entry to the outputs. A scan joins the blo
 To a compiler it is one opaque operation with a backward of its own: nobody need trace the scan or
 its complex numbers, which come and go as real pairs.
 
-A channel has K = T + 2N numbers in a block: T inputs, and beside them the 2N of a state. They lie
-by channel, (D, B, blocks, K), so that every product is a plain batched one. Time and channels
-change places within a block, whose T x D numbers a cache holds; then blocks move as whole rows.
+Inputs lie by channel, (D, B blocks, T), and so do states, (D, B, blocks, 2N), so that every
+product is a plain batched one.
 """
 
 import math
@@ -22,89 +21,66 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .parts import Parts
-from .scan import block_scan, complex_power, group_blocks
+from .scan import block_scan, complex_power, q_powers, scan_jumps
 
-VERSION = 3
+VERSION = 4
 """To be raised when results or saved tensors change: a compiler's cache on disk knows an operation
 by its name alone."""
 
 
 class CEMACoefficients(NamedTuple):
-    """p, log_rho, turns, g_re, g_im: (D, N); omega: (D,). turns is phi / (2 pi)."""
+    """p: (D, N); log_q: (D, N, 2), log rho and phi / (2 pi); g: (D, N, 2); omega: (D,)."""
 
     p: Tensor
-    log_rho: Tensor
-    turns: Tensor
-    g_re: Tensor
-    g_im: Tensor
+    log_q: Tensor
+    g: Tensor
     omega: Tensor
 
 
-class BlockMatrices(NamedTuple):
-    """kernel (T, D); summary, readout (T, D, 2N), where a state's real and imaginary parts
-    alternate."""
-
-    kernel: Tensor
-    summary: Tensor
-    readout: Tensor
-
-
-def block_matrices(c: CEMACoefficients, block: int) -> BlockMatrices:
-    """What a block of T steps is made of."""
-    powers = q_powers(c, block)
-    reads = torch.complex(c.g_re, c.g_im) * powers
+def block_matrices(
+    c: CEMACoefficients, powers: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What a block of T steps is made of, from q^0 .. q^T, complex (T + 1, D, N): the kernel
+    (T, D), and the summary and the readout, (2, T, D, 2N), where real and imaginary parts of a
+    state alternate."""
+    reads = torch.view_as_complex(c.g) * powers
     # The kernel is what the readout makes of an input of one.
     kernel = (c.p * reads[:-1].real).sum(-1)
     kernel[0] += c.omega
-    summary = _pairs(c.p * powers[:-1].flip(0))
-    readout = _pairs(reads[1:].conj_physical())  # Re(read h) = <conj(read), h> as pairs
-    return BlockMatrices(kernel, summary, readout)
+    sides = powers.new_empty(2, *reads[1:].shape)
+    torch.mul(c.p, powers[:-1].flip(0), out=sides[0])
+    torch.conj_physical(reads[1:], out=sides[1])  # Re(read h) = <conj(read), h> as pairs
+    return kernel.to(dtype), _pairs(sides).to(dtype)
 
 
 def block_matrices_backward(
-    c: CEMACoefficients, block: int, grad: BlockMatrices
-) -> CEMACoefficients:
-    """Gradients of the coefficients from those of :func:`block_matrices`.
+    c: CEMACoefficients, powers: Tensor, grad: Sequence[Tensor], jump: Tensor, grad_jump: Tensor
+) -> Tensor:
+    """Gradients (3, D, N, 2) of p (in the real part), log q and g from those of kernel, summary and
+    readout, (D, T) and (D, T, 2N), and of q^T, by which a state goes on: jump is conj(q^T), (D, N).
 
     The gradient of a complex number is that of its real part plus i times that of its imaginary
-    part.
+    part. Sums of products with q^t, where those with its conjugate are meant, are conjugate.
     """
-    powers = q_powers(c, block)
-    g = torch.complex(c.g_re, c.g_im)
-    grad_kernel = F.pad(grad.kernel, (0, 0, 0, 1)).unsqueeze(-1)  # (T + 1, D, 1)
-    grad_left = F.pad(_complex(grad.summary).flip(0), (0, 0, 0, 0, 0, 1))
-    grad_reads = F.pad(_complex(grad.readout).conj(), (0, 0, 0, 0, 1, 0))
-    grad_reads = grad_reads + c.p * grad_kernel
-    grad_p = ((g * powers).real * grad_kernel + (powers.conj() * grad_left).real).sum(0)
-    grad_g = (powers.conj() * grad_reads).sum(0)
-    grad_powers = g.conj() * grad_reads + c.p * grad_left
-    steps = torch.arange(block + 1, dtype=c.p.dtype, device=c.p.device).view(-1, 1, 1)
-    grad_log = (powers.conj() * grad_powers * steps).sum(0)  # of log q
-    return CEMACoefficients(
-        grad_p,
-        grad_log.real.clone(),
-        grad_log.imag * (2 * math.pi),
-        grad_g.real.clone(),
-        grad_g.imag.clone(),
-        grad.kernel[0].clone(),
-    )
+    grad_kernel, grad_summary, grad_readout = grad
+    p, g, powers = c.p, torch.view_as_complex(c.g), powers.transpose(0, 1)
+    left = _complex(grad_summary.flip(1)).conj_physical_()  # (D, T, N), of q^0 and on
+    parts = powers.new_empty(3, *left.shape)
+    torch.mul(powers[:, :-1], grad_kernel.unsqueeze(-1), out=parts[0])
+    torch.mul(powers[:, 1:], _complex(grad_readout), out=parts[1])
+    torch.mul(powers[:, :-1], left, out=parts[2])
+    kernel, read, leave = parts.sum(2)
+    steps = torch.arange(grad_kernel.shape[1], dtype=p.dtype, device=p.device)
+    moments = torch.bmm(steps.expand(3 * len(p), 1, -1), _pairs(parts).flatten(0, 1))
+    kernel_t, read_t, leave_t = torch.view_as_complex(moments.view(3, *c.g.shape))
 
-
-def q_powers(c: CEMACoefficients, block: int) -> Tensor:
-    """q^0 .. q^T, complex (T + 1, D, N), by doubling. Not differentiable.
-
-    A chain of five products for 32 rounds no worse than an exponential of each; across blocks,
-    where a chain would be long, powers have their exact angles (:func:`complex_power`).
-    """
-    q = torch.polar(c.log_rho.exp(), c.turns * (2 * math.pi))
-    powers = q.new_empty(block + 1, *q.shape)
-    powers[0], powers[1] = 1, q
-    known = 1
-    while known < block:
-        more = min(known, block - known)
-        torch.mul(powers[1 : more + 1], powers[known], out=powers[known + 1 : known + more + 1])
-        known += more
-    return powers
+    grads = torch.empty_like(parts[:, :, 0])
+    torch.addcmul(leave, g, kernel, out=grads[0])
+    torch.addcmul(p * leave_t, g, torch.addcmul(read + read_t, p, kernel_t), out=grads[1])
+    torch.addcmul(read, p, kernel, out=grads[2])
+    grads.conj_physical_()
+    grads[1].addcmul_(jump, grad_jump, value=len(steps)).imag.mul_(2 * math.pi)
+    return torch.view_as_real(grads)
 
 
 def _pairs(z: Tensor) -> Tensor:
@@ -114,26 +90,27 @@ def _pairs(z: Tensor) -> Tensor:
 
 def _complex(pairs: Tensor) -> Tensor:
     """Real (..., 2N) -> complex (..., N)."""
-    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_complex(pairs.contiguous().unflatten(-1, (-1, 2)))
 
 
 def cema_blocks(
-    x: Tensor, c: CEMACoefficients, state: Tensor | None, keep: Tensor | None, block: int
+    x: Tensor, c: CEMACoefficients, state: Tensor | None, document: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and states on entry to each block.
+    """Outputs, and the states that the blocks leave.
 
     Args:
         x: (B, L, D); products are taken in its dtype, the scan in that of the coefficients.
         c: coefficients.
         state: (B, D, N, 2), the state on entry; ``None`` for zero.
-        keep: (B, blocks), 0 where a block starts from zero; ``None`` for 1.
+        document: (B, blocks), non-decreasing; a block of another one than the block before starts
+            from zero. ``None`` where all are of one.
         block: T.
 
     Returns:
-        y (B, L, D), and entries (B, blocks, D, N, 2).
+        y (B, L, D), and states (D, B, blocks, N, 2).
     """
-    y, entries, _ = _cema_blocks(x, c, state, keep, block)
-    return y, entries
+    y, states, *_ = _cema_blocks(x, c, state, document, block)
+    return y, states
 
 
 @torch.library.custom_op(f"megalodon::cema_blocks_v{VERSION}", mutates_args=())
@@ -141,36 +118,47 @@ def _cema_blocks(
     x: Tensor,
     coefficients: Sequence[Tensor],
     state: Tensor | None,
-    keep: Tensor | None,
+    document: Tensor | None,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, entries, and for the backward the inputs with their entry states."""
-    return _forward(x, CEMACoefficients(*coefficients), state, keep, block)
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y, states, and for the backward the states on entry to each block, the powers of q and the
+    matrices."""
+    return _forward(x, coefficients, state, document, block)
 
 
 def _forward(
     x: Tensor,
-    c: CEMACoefficients,
+    coefficients: Sequence[Tensor],
     state: Tensor | None,
-    keep: Tensor | None,
+    document: Tensor | None,
     block: int,
     parts: Parts | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel, summary, readout = (t.to(x.dtype) for t in block_matrices(c, block))
-    joined = _lay_out(x, block, c.p.shape[1])
-    s = _in_rounds(_complex(_sum_up(joined, summary).to(c.p.dtype)))
-    first = None if state is None else torch.view_as_complex(state.to(c.p.dtype).contiguous())
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    c = CEMACoefficients(*(t.contiguous() for t in coefficients))
+    batch, length, _ = x.shape
+    blocks = -(-length // block)
+    powers = q_powers(c.log_q, block, scan_jumps(blocks), block)
+    far, near = powers[: -block - 1], powers[-block - 1 :]
+    kernel, sides = block_matrices(c, near, x.dtype)
+    summary, readout = sides.transpose(1, 2)  # (D, T, 2N)
+    rows = lay_out(x, block)
+    s = _states(torch.bmm(rows, summary), batch, c.p.dtype)
+    first = None
     if parts is not None:
-        first = _beyond(s, c, x.shape[1], block, parts)
-    through = _grouped_keep(keep, s)
-    entries = block_scan(s, first, c.log_rho, c.turns, block, through)
-    if through is not None:
-        entries *= through[..., None, None]
-    entries = _in_order(entries)
-    _join(joined, _pairs(entries))
-    del s  # whose memory the outputs can have
-    y = _read_out(joined, kernel, readout, x.shape[1])
-    return y, torch.view_as_real(entries), joined
+        first = _beyond(s, c, block, far, length, parts)
+    elif state is not None:
+        first = torch.view_as_complex(state.contiguous()).transpose(0, 1).unsqueeze(2)
+    if first is not None:
+        s[:, :, :1].addcmul_(far[0, :, None, None], first)  # (D, B, 1, N)
+    block_scan(s, c.log_q, block, far, document)
+    before = s[:, :, :-1]
+    if document is not None:
+        before = before * _goes_on(document)
+    before = F.pad(before, (0, 0, 1, 0)) if first is None else torch.cat([first, before], dim=2)
+    entries = _pairs(before).to(x.dtype).flatten(1, 2)
+    y = torch.bmm(rows, toeplitz(kernel)).baddbmm_(entries, readout.transpose(1, 2))
+    saved = [entries, torch.view_as_real(powers), kernel, sides]
+    return bring_back(y, batch, length), torch.view_as_real(s), saved
 
 
 @_cema_blocks.register_fake
@@ -178,126 +166,135 @@ def _(
     x: Tensor,
     coefficients: Sequence[Tensor],
     state: Tensor | None,
-    keep: Tensor | None,
+    document: Tensor | None,
     block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     (batch, length, dim), p = x.shape, coefficients[0]
-    order = p.shape[1]
-    size, groups = group_blocks((length + block - 1) // block)
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        p.new_empty(batch, groups * size, dim, order, 2),
-        x.new_empty(dim, batch, groups * size, block + 2 * order),
-    )
+    order, blocks = p.shape[1], -(-length // block)
+    saved = [
+        x.new_empty(dim, batch * blocks, 2 * order),
+        p.new_empty(block + 1 + scan_jumps(blocks), dim, order, 2),
+        x.new_empty(block, dim),
+        x.new_empty(2, block, dim, 2 * order),
+    ]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, p.new_empty(dim, batch, blocks, order, 2), saved
 
 
 @torch.library.custom_op(f"megalodon::cema_blocks_backward_v{VERSION}", mutates_args=())
 def _cema_blocks_backward(
     grad_y: Tensor,
-    grad_entries: Tensor | None,
-    joined: Tensor,
+    grad_states: Tensor | None,
+    x: Tensor,
+    saved: Sequence[Tensor],
     coefficients: Sequence[Tensor],
-    keep: Tensor | None,
+    document: Tensor | None,
     block: int,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Gradients of x, of the coefficients, and of the state on entry.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of p, log q and g as :func:`block_matrices_backward` gives them, of the
+    kernel (D, T), and of the states on entry, (D, B, blocks, N, 2).
 
     The adjoint is the same operation backwards in time, with transposed matrices and the
-    conjugate of q; and one product of what it joins with what the forward joined holds the
-    gradients of the matrices and of the scan's q.
+    conjugate of q. Products of what went in with what comes back are the gradients of the
+    matrices and of the scan's q.
     """
-    return _adjoint(grad_y, grad_entries, joined, CEMACoefficients(*coefficients), keep, block)
+    return _adjoint(grad_y, grad_states, x, saved, coefficients, document, block)
 
 
 def _adjoint(
     grad_y: Tensor,
-    grad_entries: Tensor | None,
-    joined: Tensor,
-    c: CEMACoefficients,
-    keep: Tensor | None,
+    grad_states: Tensor | None,
+    x: Tensor,
+    saved: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    document: Tensor | None,
     block: int,
     parts: Parts | None = None,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    kernel, summary, readout = (t.to(grad_y.dtype) for t in block_matrices(c, block))
-    order, dtype = c.p.shape[1], c.p.dtype
-    grad_joined = _lay_out(grad_y, block, order)
-    grad_reads = _complex(_sum_up(grad_joined, readout).to(dtype))
-    if grad_entries is not None:
-        grad_reads += torch.view_as_complex(grad_entries.contiguous())
-    grad_reads = _in_rounds(grad_reads)
-    through = _grouped_keep(keep, grad_reads)
-    if through is not None:
-        grad_reads *= through[..., None, None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = CEMACoefficients(*(t.contiguous() for t in coefficients))
+    entries, powers, kernel, sides = saved
+    summary, readout = sides.transpose(1, 2)  # (D, T, 2N)
+    powers = torch.view_as_complex(powers)
+    (batch, length, _), (dim, order), dtype = x.shape, c.p.shape, c.p.dtype
+    far, near = powers[: -block - 1].flip(0).conj_physical_(), powers[-block - 1 :]
+    jump = far[-1]
+    rows, back = lay_out(x, block), lay_out(grad_y, block)
+    s = _states(torch.bmm(back, readout), batch, dtype)
+    if grad_states is not None:
+        of_states = torch.view_as_complex(grad_states.contiguous())
+        s.addcmul_(jump[:, None, None], of_states)
     last = None
     if parts is not None:
-        last = _beyond(grad_reads, c, grad_y.shape[1], block, parts, reverse=True)
-        group, round_ = divmod(grad_y.shape[1] // block, grad_reads.shape[0])
-        if group < grad_reads.shape[1]:  # the first of the blocks that fill up the last group
-            grad_reads[round_, group] = last
-            last = None
-    grad_s = block_scan(grad_reads, last, c.log_rho, -c.turns, block, through, reverse=True)
-    _join(grad_joined, _pairs(_in_order(grad_s)))
-    grad_x = _read_out(grad_joined, kernel, summary, grad_y.shape[1], adjoint=True)
+        last = _beyond(s, c, block, far, length, parts, reverse=True)
+        s[:, :, -1:].addcmul_(jump[:, None, None], last)  # (D, B, 1, N)
+    block_scan(s, c.log_q, block, far, document, reverse=True)
+    after = s[:, :, 1:]
+    if document is not None:
+        after = after * _goes_on(document)
+    after = F.pad(after, (0, 0, 0, 1)) if last is None else torch.cat([after, last], dim=2)
+    if grad_states is not None:
+        after += of_states
+    left = _pairs(after).to(x.dtype).flatten(1, 2)
+    grad_x = torch.bmm(back, toeplitz(kernel).transpose(1, 2))
+    grad_x = bring_back(grad_x.baddbmm_(left, summary.transpose(1, 2)), batch, length)
 
-    # Products of all pairs of a channel's numbers, summed over blocks: (D, K, K).
-    inner = torch.bmm(joined.flatten(1, 2).transpose(1, 2), grad_joined.flatten(1, 2)).to(dtype)
-    grad_matrices = BlockMatrices(
-        _toeplitz_adjoint(inner[:, :block, :block]),
-        inner[:, :block, block:].transpose(0, 1),
-        inner[:, block:, :block].permute(2, 0, 1),
+    rows = rows.transpose(1, 2)
+    grad = (
+        _toeplitz_adjoint(torch.bmm(rows, back).to(dtype)),
+        torch.bmm(rows, left).to(dtype),
+        torch.bmm(back.transpose(1, 2), entries).to(dtype),
     )
-    grad_c = block_matrices_backward(c, block, grad_matrices)
-    q = torch.complex(*complex_power(c.log_rho, c.turns, scale=block))
-    of_q = inner[:, block:, block:].unflatten(2, (order, 2)).unflatten(1, (order, 2))
-    of_q = of_q.diagonal(dim1=1, dim2=3)  # (D, 2, 2, N): part of the entry, part of the gradient
-    grad_q = torch.complex(of_q[:, 0, 0] + of_q[:, 1, 1], of_q[:, 0, 1] - of_q[:, 1, 0])
-    grad_log = block * q.conj() * grad_q
-    grad_c = grad_c._replace(
-        log_rho=grad_c.log_rho + grad_log.real,
-        turns=grad_c.turns + 2 * math.pi * grad_log.imag,
-    )
-
-    after = grad_s[0, 0]  # (B, D, N)
-    if through is not None:
-        after = after * through[0, 0, :, None, None]
-    grad_state = torch.view_as_real(grad_reads[0, 0] + q.conj() * after)
-    return grad_x, list(grad_c), grad_state
+    of_jump = torch.bmm(entries.transpose(1, 2), left).to(dtype).view(dim, order, 2, order, 2)
+    # (2, D, N): real and imaginary part of the entry, times the gradient
+    re, im = _complex(of_jump.diagonal(dim1=1, dim2=3).permute(1, 0, 3, 2).flatten(2))
+    grads = block_matrices_backward(c, near, grad, jump, torch.sub(re, im, alpha=1j))
+    return grad_x, grads, grad[0], torch.view_as_real(s)
 
 
 @_cema_blocks_backward.register_fake
 def _(
     grad_y: Tensor,
-    grad_entries: Tensor | None,
-    joined: Tensor,
+    grad_states: Tensor | None,
+    x: Tensor,
+    saved: Sequence[Tensor],
     coefficients: Sequence[Tensor],
-    keep: Tensor | None,
+    document: Tensor | None,
     block: int,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    grad_x, *grad_c = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (grad_y, *coefficients)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, length, dim), p = x.shape, coefficients[0]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        p.new_empty(3, *p.shape, 2),
+        p.new_empty(dim, block),
+        p.new_empty(dim, batch, -(-length // block), p.shape[1], 2),
     )
-    state = grad_c[0].new_empty(grad_y.shape[0], *grad_c[0].shape, 2)
-    return grad_x, grad_c, state
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, coefficients, state, keep, block = inputs
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    x, coefficients, state, document, block = inputs
     ctx.set_materialize_grads(False)
-    ctx.shape, ctx.block, ctx.has_state = x.shape, block, state is not None
-    ctx.save_for_backward(output[2], *coefficients, keep)
+    ctx.block, ctx.has_state = block, state is not None
+    ctx.save_for_backward(x, document, *coefficients, *output[2])
 
 
 def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_entries: Tensor | None, _: Tensor | None
+    ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None, _: Any
 ) -> tuple[Tensor | list[Tensor] | None, ...]:
-    joined, *coefficients, keep = ctx.saved_tensors
+    x, document, *rest = ctx.saved_tensors
+    coefficients, saved = rest[:4], rest[4:]
     if grad_y is None:  # only the state takes part in the loss
-        grad_y = joined.new_zeros(ctx.shape)
+        grad_y = torch.zeros_like(x)
     with torch.autocast(grad_y.device.type, enabled=False):  # a caller's may reach as far as here
-        grad_x, grad_c, grad_state = _cema_blocks_backward(
-            grad_y, grad_entries, joined, coefficients, keep, ctx.block
+        grad_x, grads, grad_kernel, grad_entries = _cema_blocks_backward(
+            grad_y, grad_states, x, saved, coefficients, document, ctx.block
         )
-    return grad_x, grad_c, grad_state if ctx.has_state else None, None, None
+    grad_c = _of_coefficients(grads, grad_kernel)
+    grad_state = grad_entries[:, :, 0].transpose(0, 1) if ctx.has_state else None
+    return grad_x, grad_c, grad_state, None, None
+
+
+def _of_coefficients(grads: Tensor, grad_kernel: Tensor) -> list[Tensor]:
+    return [grads[0, ..., 0], grads[1], grads[2], grad_kernel[:, 0]]
 
 
 _cema_blocks.register_autograd(_backward, setup_context=_setup_context)
@@ -313,114 +310,77 @@ def cema_blocks_of_part(x: Tensor, c: CEMACoefficients, block: int, parts: Parts
 class _CEMABlocksOfPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *coefficients, ctx.block, ctx.parts = rest
-        c = CEMACoefficients(*coefficients)
-        y, _, joined = _forward(x, c, None, None, ctx.block, ctx.parts)
-        ctx.save_for_backward(joined, *c)
+        *c, ctx.block, ctx.parts = rest
+        y, _, saved = _forward(x, c, None, None, ctx.block, ctx.parts)
+        ctx.save_for_backward(x, *c, *saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        joined, *coefficients = ctx.saved_tensors
-        c = CEMACoefficients(*coefficients)
-        grad_x, grad_c, _ = _adjoint(grad_y, None, joined, c, None, ctx.block, ctx.parts)
-        return grad_x, *grad_c, None, None
+        x, *rest = ctx.saved_tensors
+        with torch.autocast(grad_y.device.type, enabled=False):
+            grad_x, grads, grad_kernel, _ = _adjoint(
+                grad_y, None, x, rest[4:], rest[:4], None, ctx.block, ctx.parts
+            )
+        return grad_x, *_of_coefficients(grads, grad_kernel), None, None
 
 
 def _beyond(
-    s: Tensor, c: CEMACoefficients, length: int, block: int, parts: Parts, *, reverse: bool = False
+    s: Tensor,
+    c: CEMACoefficients,
+    block: int,
+    powers: Tensor,
+    length: int,
+    parts: Parts,
+    *,
+    reverse: bool = False,
 ) -> Tensor:
-    """What all blocks of the parts before this one leave, complex (B, D, N), where this part's
-    own leave s (size, groups, B, D, N); or, for the scan from the end, those behind it."""
-    size, groups = s.shape[:2]
-    turns = -c.turns if reverse else c.turns
-
-    def fold(states: Tensor, ages: Tensor, step: int) -> Tensor:
-        ages = ages.view(-1, *[1] * (states.dim() - 1))
-        return (torch.complex(*complex_power(c.log_rho, turns, ages, scale=step)) * states).sum(0)
-
-    index = torch.arange(size * groups, device=s.device).view(groups, size).t().flatten()
-    ages = index if reverse else (length // block - 1 - index).clamp(min=0)
-    mine = fold(s.flatten(0, 1), ages, block)
-    others = torch.view_as_complex(parts.gather(torch.view_as_real(mine)))
+    """The state that the parts before this one leave, complex (D, B, 1, N), where this one's blocks
+    add s to it; or, for the scan from the end, what those behind it leave."""
+    alone = s.clone()
+    block_scan(alone, c.log_q, block, powers, reverse=reverse)
+    mine = torch.view_as_real(alone[:, :, :1] if reverse else alone[:, :, -1:])
+    others = torch.view_as_complex(parts.gather(mine))
     others = others[parts.rank + 1 :] if reverse else others[: parts.rank]
-    ages = torch.arange(len(others), device=s.device)
-    return fold(others, ages if reverse else ages.flip(0), length)
+    ages = torch.arange(len(others), device=s.device).view(-1, 1, 1)
+    q_re, q_im = complex_power(c.log_q, ages if reverse else ages.flip(0), scale=length)
+    decay = torch.complex(q_re, -q_im if reverse else q_im)  # (parts, D, N)
+    return (decay[:, :, None, None] * others).sum(0)
 
 
-def _lay_out(x: Tensor, block: int, order: int) -> Tensor:
-    """x (B, L, D) by channel, the last blocks filled up with zeros: (D, B, blocks, K), with room
-    for the numbers of the states."""
-    size, groups = group_blocks(-(-x.shape[1] // block))
-    missing = size * groups * block - x.shape[1]
-    x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
-    rows = x.unflatten(1, (-1, block)).transpose(2, 3).contiguous()  # (B, blocks, D, T)
-    columns = x.new_empty(x.shape[2], *rows.shape[:2], block + 2 * order)
-    columns[..., :block] = rows.permute(2, 0, 1, 3)
-    return columns
+def lay_out(x: Tensor, block: int) -> Tensor:
+    """x (B, L, D) by channel, the last block filled up with zeros: (D, B blocks, T)."""
+    missing = -x.shape[1] % block
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return x.flatten(0, 1).t().contiguous().unflatten(1, (-1, block))
 
 
-def _sum_up(joined: Tensor, matrices: Tensor) -> Tensor:
-    """Every block's inputs times matrices (T, D, 2N): (B, blocks, D, 2N)."""
-    inputs = joined.flatten(1, 2)[..., : matrices.shape[0]]
-    sums = torch.bmm(inputs, matrices.transpose(0, 1))
-    return sums.view(*joined.shape[:3], -1).permute(1, 2, 0, 3).contiguous()
+def bring_back(rows: Tensor, batch: int, length: int) -> Tensor:
+    """The inverse of :func:`lay_out`."""
+    x = rows.flatten(1).t().contiguous().unflatten(0, (batch, -1))
+    return x if x.shape[1] == length else x[:, :length].contiguous()
 
 
-def _join(joined: Tensor, states: Tensor) -> None:
-    """Write states (B, blocks, D, 2N) beside the inputs."""
-    # Cast apart: a copy that both casts and permutes is slow.
-    joined[..., -states.shape[-1] :] = states.to(joined.dtype).permute(2, 0, 1, 3)
+def _states(sums: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """Real (D, B blocks, 2N) -> complex (D, B, blocks, N)."""
+    return _complex(sums.to(dtype).unflatten(1, (batch, -1)))
 
 
-def _read_out(
-    joined: Tensor, kernel: Tensor, matrices: Tensor, length: int, *, adjoint: bool = False
-) -> Tensor:
-    """Inputs times the Toeplitz matrix of kernel (T, D), or times its transpose, plus states times
-    matrices (T, D, 2N): (B, length, D)."""
-    toeplitz = _toeplitz(kernel, lower=adjoint)
-    weight = torch.cat([toeplitz, matrices.permute(1, 2, 0)], dim=1)
-    y = torch.bmm(joined.flatten(1, 2), weight)  # (D, B blocks, T)
-    y = y.transpose(0, 1).contiguous().transpose(1, 2).contiguous()
-    y = y.view(joined.shape[1], -1, joined.shape[0])
-    return y if y.shape[1] == length else y[:, :length].contiguous()
+def _goes_on(document: Tensor) -> Tensor:
+    """Whether the states between neighbouring blocks are handed on: (B, blocks - 1, 1)."""
+    return (document[:, 1:] == document[:, :-1]).unsqueeze(-1)
 
 
-def _toeplitz(kernel: Tensor, *, lower: bool) -> Tensor:
-    """(T, D) -> (D, T, T) with [s, t] = kernel[t - s] for t >= s and 0 below; or its transpose.
-
-    A row of length 2T repeated T times and read with row length 2T - 1 shifts by one per row.
-    """
-    (size, dim), kernel = kernel.shape, kernel.t()
-    zeros = kernel.new_zeros(dim, size)
-    parts = [kernel[:, :1], zeros, kernel[:, 1:].flip(1)] if lower else [kernel, zeros]
-    rows = torch.cat(parts, dim=1).unsqueeze(1).expand(dim, size, 2 * size).flatten(1)
-    return rows[:, : size * (2 * size - 1)].view(dim, size, 2 * size - 1)[:, :, :size]
+def toeplitz(kernel: Tensor) -> Tensor:
+    """(T, D) -> (D, T, T) with [s, t] = kernel[t - s] for t >= s and 0 below: windows of a row that
+    begins with zeros, the last window first."""
+    size = len(kernel)
+    return F.pad(kernel.t(), (size - 1, 0)).unfold(1, size, 1).flip(1)
 
 
 def _toeplitz_adjoint(grad: Tensor) -> Tensor:
-    """The adjoint of an upper Toeplitz matrix: (D, T, T) -> (T, D)."""
+    """The adjoint of an upper Toeplitz matrix: (D, T, T) -> (D, T)."""
     dim, size, _ = grad.shape
-    rows = F.pad(F.pad(grad, (0, size - 1)).flatten(1), (0, size))
-    return rows.view(dim, size, 2 * size)[..., :size].sum(1).t()
-
-
-def _in_rounds(states: Tensor) -> Tensor:
-    """(B, blocks, D, N) -> (size, groups, B, D, N), as :func:`block_scan` takes them; a view."""
-    size, groups = group_blocks(states.shape[1])
-    return states.unflatten(1, (groups, size)).permute(2, 1, 0, 3, 4)
-
-
-def _in_order(states: Tensor) -> Tensor:
-    """The inverse of :func:`_in_rounds`."""
-    return states.permute(2, 1, 0, 3, 4).flatten(1, 2).contiguous()
-
-
-def _grouped_keep(keep: Tensor | None, s: Tensor) -> Tensor | None:
-    """(B, blocks) -> (size, groups, B)."""
-    if keep is None:
-        return None
-    size, groups = s.shape[:2]
-    keep = F.pad(keep, (0, size * groups - keep.shape[1]))
-    return keep.view(-1, groups, size).permute(2, 1, 0)
+    rows = F.pad(grad, (0, size))  # read with a row length of one more, they shift back
+    return rows.as_strided((dim, size, size), (2 * size * size, 2 * size + 1, 1)).sum(1)

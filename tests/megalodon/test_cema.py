@@ -7,6 +7,8 @@ from megalodon.ops.cema import (
     CEMACoefficients,
     cema,
     cema_coefficients,
+    cema_piece,
+    cema_piece_coefficients,
     cema_reference,
     cema_step,
     cema_step_coefficients,
@@ -76,6 +78,21 @@ def test_steps_equal_the_recurrence(dtype: torch.dtype) -> None:
     assert_close([found, state], [expected, final], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_short_pieces_equal_the_recurrence(dtype: torch.dtype) -> None:
+    coefficients = cema_coefficients(*parameters(3, 4, dtype))
+    x, state = torch.randn(2, 75, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
+    wide = CEMACoefficients(*(t.double() for t in coefficients))
+    expected, final = cema_reference(x.double(), wide, state.double())
+    pieces, outputs = cema_piece_coefficients(coefficients), []
+    for piece in x.split([2, BLOCK, 11, BLOCK - 2], dim=1):
+        y, state = cema_piece(piece, pieces, state)
+        outputs.append(y)
+    found = torch.cat(outputs, dim=1)
+    assert found.dtype == state.dtype == dtype
+    assert_close([found, state], [expected, final], TOLERANCE[dtype])
+
+
 def test_gradients_of_the_state_alone_equal_the_recurrence() -> None:
     inputs = [torch.randn(2, BLOCK + 5, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
 
@@ -129,16 +146,14 @@ def test_pieces_equal_the_whole() -> None:
 def test_angles_stay_exact_over_a_long_text() -> None:
     """With almost no decay, an error in the phase would show after 100,000 steps."""
     order = 4
+    turns = torch.tensor([0.1, 0.23, 0.37, 0.49]).double()
     wide = CEMACoefficients(
         p=torch.full((1, order), 0.5, dtype=torch.float64),
-        log_rho=torch.full((1, order), -1e-6, dtype=torch.float64),
-        turns=torch.tensor([[0.1, 0.23, 0.37, 0.49]]).double(),
-        g_re=torch.ones(1, order, dtype=torch.float64),
-        g_im=torch.ones(1, order, dtype=torch.float64),
+        log_q=torch.stack([torch.full((order,), -1e-6).double(), turns], dim=-1).unsqueeze(0),
+        g=torch.ones(1, order, 2, dtype=torch.float64),
         omega=torch.zeros(1, dtype=torch.float64),
     )
     narrow = CEMACoefficients(*(t.float() for t in wide))
-    wide = wide._replace(turns=narrow.turns.double(), log_rho=narrow.log_rho.double())
     x = torch.zeros(1, 100_000, 1, dtype=torch.float64)
     x[:, 0] = 1.0
     expected, _ = cema(x, wide)
@@ -184,6 +199,6 @@ def test_the_compiler_is_told_the_truth_about_the_operation(dtype: torch.dtype) 
         x = torch.randn(2, length, 3, dtype=dtype, requires_grad=True)
         state = torch.randn(2, 3, 4, 2, dtype=dtype, requires_grad=True)
         block = min(BLOCK, length)
-        keep = (torch.rand(2, -(-length // block)) < 0.7).to(dtype)
-        for given in ((state, None), (None, None), (state, keep)):
+        document = (torch.rand(2, -(-length // block)) < 0.3).cumsum(1)
+        for given in ((state, None), (None, None), (state, document)):
             torch.library.opcheck(_cema_blocks, (x, coefficients, *given, block))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
+from megalodon.cache import FEW
 
 from .models import CHUNK, config_of_the_comparison, randomize, tiny_config, tiny_model
 
@@ -80,23 +81,24 @@ def test_changing_a_token_never_changes_a_logit_before_it() -> None:
 @torch.no_grad()
 def after_a_prompt() -> tuple[MegalodonForCausalLM, Tensor, MegalodonCache]:
     model = tiny_model()
-    ids = torch.randint(0, 256, (1, CHUNK))
+    ids = torch.randint(0, 256, (1, FEW + 1))
     cache = MegalodonCache(model.config)
     model(ids, cache=cache)
     return model, ids, cache
 
 
-@pytest.mark.parametrize("between", ["another piece", "a call with gradients", "map", "a copy"])
+@pytest.mark.parametrize("between", ["a longer piece", "a call with gradients", "map", "a copy"])
+@pytest.mark.parametrize("few", [1, 3])
 @torch.no_grad()
 def test_decoding_goes_on_with_changed_weights_where_something_else_lies_between(
-    between: str,
+    between: str, few: int
 ) -> None:
     model, ids, cache = after_a_prompt()
     model.requires_grad_(False)  # for a cache without a graph, which can be copied
-    model(ids[:, :1], cache=cache)  # keeps what it multiplies with
+    model(ids[:, :few], cache=cache)  # keeps what it multiplies with
     model.model.layers[0].cema.alpha += 1
-    if between == "another piece":
-        model(ids[:, :3], cache=cache)
+    if between == "a longer piece":
+        model(ids, cache=cache)
     elif between == "a call with gradients":
         with torch.enable_grad():
             model(ids[:, :1], cache=cache)
@@ -106,29 +108,31 @@ def test_decoding_goes_on_with_changed_weights_where_something_else_lies_between
     else:
         cache = copy.deepcopy(cache)
     before = copy.deepcopy(cache)
-    found = model(ids[:, :1], cache=cache).logits
-    right = copy.deepcopy(model)(ids[:, :1], cache=before).logits
+    found = model(ids[:, :few], cache=cache).logits
+    right = copy.deepcopy(model)(ids[:, :few], cache=before).logits
     assert torch.equal(found, right)
 
 
 @torch.no_grad()
-def test_a_cache_keeps_what_steps_multiply_with_until_something_else_runs() -> None:
+def test_a_cache_keeps_what_few_tokens_are_multiplied_with_until_something_else_runs() -> None:
     model, ids, cache = after_a_prompt()
-    cemas = {layer.cema for layer in model.model.layers}
+    cemas = {(layer.cema, one) for layer in model.model.layers for one in (True, False)}
     assert not cache.kept
     model(ids[:, :1], cache=cache)
+    model(ids[:, :FEW], cache=cache)
     kept = dict(cache.kept)
     assert kept.keys() == cemas
     cache.reorder_cache(torch.tensor([0]))
     cache.batch_repeat_interleave(2)
     model(ids[:, :1].expand(2, 1), cache=cache)
+    model(ids[:, :3].expand(2, 3), cache=cache)
     assert all(cache.kept[cema] is kept[cema] for cema in cemas)
     cache.reset()
     assert not cache.kept
     model(ids, cache=cache)
     assert not cache.kept
-    model(ids[:, :1], cache=cache)
-    assert cache.kept.keys() == cemas
+    model(ids[:, :2], cache=cache)
+    assert cache.kept
     assert not pickle.loads(pickle.dumps(cache)).kept
 
 
