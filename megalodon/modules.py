@@ -50,7 +50,7 @@ class MegalodonTimestepNorm(Float32Module):
 
     def forward(
         self, x: Tensor, state: TimestepNormState | None, layout: Layout
-    ) -> tuple[Tensor, TimestepNormState]:
+    ) -> tuple[Tensor, TimestepNormState | None]:
         if layout.time is not None:
             state = layout.time.norm_entry(x, self.num_groups)
         return timestep_norm(
@@ -62,6 +62,8 @@ class MegalodonTimestepNorm(Float32Module):
             state,
             layout.segments,
             compute_dtype(x),
+            counts=layout.counts,
+            return_state=layout.return_state,
         )
 
 

@@ -130,7 +130,7 @@ def cema_blocks(
     Returns:
         y (B, L, D), and entries (B, blocks, D, N, 2).
     """
-    y, entries, _ = _cema_blocks(x, c, state, keep, block)
+    y, entries, _ = _cema_blocks(x, list(c), state, keep, block)
     return y, entries
 
 
