@@ -9,6 +9,7 @@ from torch import Tensor
 from .cache import KeptCoefficients, MegalodonCache
 from .ops.cema import BLOCK
 from .ops.segments import Segments, build_segments
+from .ops.timestep_norm import StepCounts, step_counts
 from .time_parallel import TimeGroup
 
 
@@ -23,6 +24,7 @@ class Layout:
     fused: whether attention runs by PyTorch's fused operation.
     kept: the cache's, where few further tokens are read; else ``None``.
     time: the processes that share the sequence; ``None`` for this one alone.
+    counts: of plain text, for TimestepNorm; ``None`` for a single step and other text.
     """
 
     rotary: Tensor
@@ -32,6 +34,7 @@ class Layout:
     fused: bool
     kept: KeptCoefficients | None
     time: TimeGroup | None = None
+    counts: StepCounts | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device. accelerate calls it for each block, so that the blocks of
@@ -50,6 +53,8 @@ def _to_device(part: Any, device: torch.device | str | int, non_blocking: bool) 
             for field in fields(part)
         }
         return replace(part, **moved)
+    if isinstance(part, StepCounts):
+        return StepCounts(*(_to_device(each, device, non_blocking) for each in part))
     return part
 
 
@@ -159,7 +164,11 @@ def read_layout(
     def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
         few = length <= BLOCK and lengths is not None and segments is None
         kept = None if cache is None else cache.keep_for(few and not torch.is_grad_enabled())
-        return Layout(rotary, offset, segments, return_state, fused, kept, time)
+        counts = None
+        if length > 1 and segments is None:
+            seen = 0 if time is None else time.rank * length
+            counts = step_counts(x, seen if lengths is None else lengths)
+        return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
 
     if mask is None and border is None:
         if length == 1 and lengths is not None and uniform is None and return_state:

@@ -71,6 +71,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
         out = x + self._dropout(self.ffn(self.ffn_norm(y)), "dropout")
         if not layout.return_state:
             return out, None
+        assert norm_state is not None
         assert cema_state is not None
         assert attention_state is not None
         return out, LayerState(norm_state, cema_state, attention_state)
@@ -297,6 +298,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 states.append(state)
         x, norm_state = self.final_norm(x, norm_state, layout)
         if cache is not None and use_cache:
+            assert norm_state is not None
             cache.advance(states, norm_state, x.shape[1], layout.segments is None)
             cache.record(
                 input_ids=input_ids,

@@ -57,7 +57,7 @@ class MegalodonTimestepNorm(Float32Module):
 
     def forward(
         self, x: Tensor, state: TimestepNormState | None, layout: Layout
-    ) -> tuple[Tensor, TimestepNormState]:
+    ) -> tuple[Tensor, TimestepNormState | None]:
         return timestep_norm(
             x,
             self.weight,
@@ -67,7 +67,9 @@ class MegalodonTimestepNorm(Float32Module):
             state,
             layout.segments,
             compute_dtype(x),
-            layout.time,
+            counts=layout.counts,
+            return_state=layout.return_state,
+            parts=layout.time,
         )
 
 

@@ -161,7 +161,7 @@ def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tup
         h_re, h_im = state.unbind(-1)
         re = torch.addcmul(torch.addcmul(re, q_re, h_re), q_im, h_im, value=-1)
         im = torch.addcmul(q_re * h_im, q_im, h_re)
-    read = torch.linalg.vecdot(c.g[..., 0], re) - torch.linalg.vecdot(c.g[..., 1], im)
+    read = (c.g[..., 0] * re - c.g[..., 1] * im).sum(-1)
     y = torch.addcmul(read, c.omega, u)
     return y.unsqueeze(1).to(x.dtype), torch.stack([re, im], dim=-1)
 

@@ -109,7 +109,7 @@ def cema_blocks(
     Returns:
         y (B, L, D), and states (D, B, blocks, N, 2).
     """
-    y, states, *_ = _cema_blocks(x, c, state, document, block)
+    y, states, *_ = _cema_blocks(x, list(c), state, document, block)
     return y, states
 
 

@@ -152,7 +152,7 @@ def _attend(
         bias = bias.masked_fill(~seen, -torch.inf)
         heads = bias.expand(q.shape[0], q.shape[1], queries, keys).reshape(-1, queries, keys)
         scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    weights = scores.softmax(-1)
+    weights = scores.softmax(-1, dtype=scores.dtype)  # which autocast would widen
     if dropout:
         weights = F.dropout(weights, dropout)
     return torch.bmm(weights, v.flatten(0, 1)).view(*q.shape[:3], -1).transpose(1, 2)

@@ -10,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from .precision import wide_dtype
-
-
-def fresh(result: Tensor) -> Tensor:
-    """What an autograd function's forward returns. Compiled by PyTorch 2.11, the function would
-    give gradients of zero where an operation has handed the result through, as an in-place one
-    does, and `.to` what has the dtype already. The compiler fuses the copy with what it copies."""
-    return result.clone() if torch.compiler.is_compiling() else result
 
 
 def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
@@ -28,6 +22,8 @@ def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, tensors of one shape and dtype."""
+    if is_compiling():
+        return swiglu_reference(gate, value)
     if not torch.is_grad_enabled():
         return _swiglu(gate, value)
     result: Tensor = _SwiGLU.apply(gate, value)
@@ -42,7 +38,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return fresh(_swiglu(gate, value))
+        return _swiglu(gate, value)
 
     @staticmethod
     @once_differentiable
@@ -68,6 +64,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -
         eps: added to the mean square.
         dtype: of the result.
     """
+    if is_compiling():
+        return rms_norm_reference(x, weight, eps, dtype)
     if not torch.is_grad_enabled():
         return _rms_norm(x, weight, eps, dtype)[0]
     result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
@@ -78,12 +76,11 @@ def _rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The result, and 1 / rms (..., 1)."""
-    wide = x.to(wide_dtype(x))
-    mean_square = torch.linalg.vecdot(wide, wide).mul_(1 / x.shape[-1])
-    rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
-    normed = wide * rstd
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))
+    rstd = torch.rsub(norm.square_(), eps, alpha=-1 / x.shape[-1]).rsqrt_()  # eps + norm / D
+    normed = x * rstd
     if weight is not None:
-        normed.addcmul_(normed, weight.to(wide.dtype))
+        normed.addcmul_(normed, weight.to(normed.dtype))
     return normed.to(dtype), rstd
 
 
@@ -94,18 +91,18 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         normed, rstd = _rms_norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, rstd)
-        return fresh(normed)
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        wide, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
-        normed = wide * rstd
-        grad_weight = None
-        if weight is not None:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-            grad = grad * (weight + 1).to(grad.dtype)
-        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
-        grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(rstd)
+        normed = x * rstd
+        if weight is None:
+            grad_weight, along = None, (grad * normed).mean(-1)
+        else:
+            scale, product = (weight + 1).to(rstd.dtype), grad * normed
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+            along, grad = (product * scale).mean(-1), grad * scale
+        grad_x = torch.addcmul(grad, normed, along.unsqueeze(-1), value=-1).mul_(rstd)
         return grad_x.to(x.dtype), grad_weight, None, None

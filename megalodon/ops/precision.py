@@ -12,13 +12,17 @@ R = TypeVar("R")
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Run an operation with autocast off for the device of its first argument, a tensor."""
+    """Run an operation with autocast off for the device of its first argument, a tensor.
+
+    A compiler's cache on disk keeps no code that switches autocast: compiled, what is wrapped must
+    be such that autocast makes no difference to inputs as a block gives them.
+    """
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        if not torch.is_autocast_enabled(first.device.type):
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)

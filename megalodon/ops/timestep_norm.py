@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
-from .elementwise import fresh
 from .parts import Parts
 from .precision import wide_dtype, without_autocast
 from .segments import Segments
@@ -75,6 +75,22 @@ def timestep_norm_reference(
     return y.to(x.dtype), TimestepNormState(count, mean, var)
 
 
+class StepCounts(NamedTuple):
+    """What all norms of a call have in common: of each step the number t of steps up to it, and
+    t / (t - 1), both (B or 1, L, 1). The latter is 1 at the first step, where it meets a zero."""
+
+    total: Tensor
+    ratio: Tensor
+
+
+def step_counts(x: Tensor, seen: Tensor | int = 0) -> StepCounts:
+    """The counts of x (B, L, ...), of whose rows `seen`, an int or (B,), steps were seen before."""
+    steps = torch.arange(1, x.shape[1] + 1, dtype=statistics_dtype(x), device=x.device)
+    total = steps.view(1, -1, 1)
+    total = total + (seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen)
+    return StepCounts(total, total / (total - 1).clamp(min=1))
+
+
 @without_autocast
 def timestep_norm(
     x: Tensor,
@@ -85,8 +101,11 @@ def timestep_norm(
     state: TimestepNormState | None = None,
     segments: Segments | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    counts: StepCounts | None = None,
+    return_state: bool = True,
     parts: Parts | None = None,
-) -> tuple[Tensor, TimestepNormState]:
+) -> tuple[Tensor, TimestepNormState | None]:
     """TimestepNorm of a whole piece of text at once, as a cumulative sum.
 
     Args:
@@ -97,32 +116,46 @@ def timestep_norm(
         state: what came before; ``None`` for the start of a text.
         segments: where padding and document borders lie; ``None`` for plain text.
         dtype: of y; ``None`` for that of x. Statistics are kept in :func:`statistics_dtype`.
-        parts: of which x is one; then there is neither a state nor segments. ``None``: all of it.
+        counts: of plain text, where the caller has them; ``None``: made of the state.
+        return_state: whether the state after the last step is wanted.
+        parts: of which x is one, without a state of its own; ``None``: x is all of the text.
 
     Returns:
-        y (B, L, D), and the state after the last step.
+        y (B, L, D), and the state after the last step or ``None``.
     """
     dtype = dtype or x.dtype
-    if state is None:
+    single = x.shape[1] == 1 and parts is None
+    if state is None and (segments is not None or single):
         state = initial_state(x, num_groups)
-    if segments is None and x.shape[1] == 1 and parts is None:
+    if segments is None and single:
+        assert state is not None
         return _step(x, weight, bias, num_groups, eps, state, dtype)
     if segments is None:
-        norm = _TimestepNorm.apply if parts is None else _norm_of_part
-        y, mean, var = norm(x, weight, bias, *state, num_groups, eps, dtype, parts)
-        return y, TimestepNormState(state.steps + x.shape[1], mean, var)
+        before = 0 if parts is None else parts.rank * x.shape[1]
+        counts = counts or step_counts(x, before if state is None else state.steps)
+        _, mean0, var0 = state or (None, None, None)
+        given = (x, weight, bias, *counts, mean0, var0, num_groups, eps, dtype, parts)
+        if parts is not None:
+            y, mean, var = _norm_of_part(*given)
+        else:
+            # A compiler does by itself what the function does, and keeps the code of no such one.
+            y, mean, var = _norm(*given)[:3] if is_compiling() else _TimestepNorm.apply(*given)
+        if not return_state:
+            return y, None
+        steps = counts.total[:, -1, 0].long().expand(x.shape[0])
+        return y, TimestepNormState(steps, mean[:, -1].clone(), var[:, -1].clone())
 
-    groups = x.unflatten(-1, (num_groups, -1)).to(wide_dtype(x))
-    step_mean, step_var = _step_statistics(groups)
-    mean, var = _segment_statistics(step_mean, step_var, state, segments)
-    rstd = (var + eps).rsqrt()
-    normed = (groups - mean.unsqueeze(-1).to(groups.dtype)) * rstd.unsqueeze(-1).to(groups.dtype)
-    y = torch.addcmul(bias.to(groups.dtype), normed.flatten(-2), (weight + 1).to(groups.dtype))
+    assert state is not None
+    groups = _by_group(x, num_groups)
+    mean, var = _segment_statistics(*_step_statistics(groups), state, segments)
+    y, _, _ = _normalise(groups, mean, var, weight, bias, eps, dtype)
+    if not return_state:
+        return y, None
     # A row without a valid step keeps its state.
     last, seen = segments.last.view(-1, 1, 1), segments.any_valid.view(-1, 1)
     final_mean = mean.take_along_dim(last, 1).squeeze(1)
     final_var = var.take_along_dim(last, 1).squeeze(1)
-    return y.to(dtype), TimestepNormState(
+    return y, TimestepNormState(
         segments.final_count(state.steps),
         torch.where(seen, final_mean, state.mean),
         torch.where(seen, final_var, state.var),
@@ -153,55 +186,59 @@ def _step(
     return y.to(dtype), TimestepNormState(steps, mean, var)
 
 
+def _by_group(x: Tensor, num_groups: int) -> Tensor:
+    """(..., D) -> (..., G, D/G), in float32 at least."""
+    return x.unflatten(-1, (num_groups, -1)).to(wide_dtype(x))
+
+
 def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each step's own group, (B, L, G, D/G) -> 2 x (B, L, G)."""
-    size = groups.shape[-1]
-    mean = groups.sum(-1) / size
-    centred = groups - mean.unsqueeze(-1)
-    return mean, torch.linalg.vecdot(centred, centred) / size
+    if groups.is_cuda:  # one operation, which on a CPU takes 16 times as long
+        var, mean = torch.var_mean(groups, -1, correction=0)
+        return mean, var
+    mean = groups.mean(-1)
+    centred = groups - mean.detach().unsqueeze(-1)  # to which the variance has no slope
+    return mean, centred.square().mean(-1)
 
 
-def _statistics_before(step_mean: Tensor, step_var: Tensor, parts: Parts) -> TimestepNormState:
-    """The state after all parts before this one, whose steps have statistics (B, L, G), by merging
-    the parts' mean and variance (Chan et al. 1983)."""
-    batch, length, _ = step_mean.shape
+def _statistics_before(
+    step_mean: Tensor, step_var: Tensor, parts: Parts
+) -> tuple[Tensor | None, Tensor | None]:
+    """M_0 and V_0 of a part whose steps have statistics (B, L, G): those of the parts before it,
+    merged (Chan et al. 1983)."""
+    step_mean, step_var = (t.to(statistics_dtype(t)) for t in (step_mean, step_var))
     var, mean = torch.var_mean(step_mean, 1, correction=0)
     summary = torch.stack([mean, step_var.mean(1) + var])
     means, variances = parts.gather(summary)[: parts.rank].unbind(1)
-    steps = torch.full((batch,), parts.rank * length, device=step_mean.device)
     if not parts.rank:
-        return TimestepNormState(steps, torch.zeros_like(mean), torch.zeros_like(var))
+        return None, None
     mean = means.mean(0)
-    return TimestepNormState(steps, mean, (variances + (means - mean).square()).mean(0))
-
-
-def _spread(x: Tensor, size: int) -> Tensor:
-    """(B, L, G) -> (B, L, G, size), each number written out for its group: operations then run
-    over contiguous memory, which broadcasting over a short last axis would not."""
-    return x.unsqueeze(-1).expand(*x.shape, size).contiguous()
+    return mean, (variances + (means - mean).square()).mean(0)
 
 
 def _cumulative_statistics(
-    step_mean: Tensor, step_var: Tensor, state: TimestepNormState
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the steps' statistics into M_t and V_t, each (B, L, G); and 1/t, (B, L, 1).
+    step_mean: Tensor,
+    step_var: Tensor,
+    counts: StepCounts,
+    mean0: Tensor | None,
+    var0: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Merge the steps' statistics into M_t and V_t, each (B, L, G), after M_0 and V_0, if any.
 
     The variance is a sum of non-negative terms, never a difference of two large sums::
 
-        t V_t = sum_s v_s + (m_s - M_{s-1})^2 (s-1)/s
+        t V_t = sum_s v_s + (m_s - M_s)^2 s/(s-1)
     """
-    dtype = state.mean.dtype
-    seen = state.steps.to(dtype).view(-1, 1, 1)
-    steps = torch.arange(1, step_mean.shape[1] + 1, dtype=dtype, device=step_mean.device)
-    total = seen + steps.view(1, -1, 1)
-    inverse = total.reciprocal()
-    start = state.mean.unsqueeze(1)
-    # Shifted by the mean on entry, so that the sums stay small.
-    mean = start + (step_mean - start).cumsum(1) * inverse
-    previous = torch.cat([start, mean[:, :-1]], dim=1)
-    terms = step_var + (step_mean - previous).square() * (total - 1) * inverse
-    var = (state.var.unsqueeze(1) * seen + terms.cumsum(1)) * inverse
-    return mean, var, inverse
+    total, ratio = counts
+    if mean0 is None:
+        mean = step_mean.cumsum(1, dtype=total.dtype) / total
+    else:  # shifted by the mean on entry, so that the sums stay small
+        start = mean0.unsqueeze(1)
+        mean = start + (step_mean - start).cumsum(1) / total
+    sums = torch.addcmul(step_var, (step_mean - mean).square(), ratio).cumsum(1)
+    if var0 is not None:
+        sums = torch.addcmul(sums, var0.unsqueeze(1), total[:, :1] - 1)
+    return mean, sums / total
 
 
 def _segment_statistics(
@@ -211,22 +248,58 @@ def _segment_statistics(
     dtype = state.mean.dtype
     weight = segments.mask.unsqueeze(-1).to(dtype)
     total = segments.count(state.steps).unsqueeze(-1).to(dtype)  # (B, L, 1), own step included
-    inverse = total.clamp(min=1).reciprocal()
     carried = segments.continues.unsqueeze(-1).to(dtype)  # 1 where the entry state still counts
     seen = state.steps.to(dtype).view(-1, 1, 1) * carried
     start = state.mean.unsqueeze(1) * carried
-    mean = start + segments.cumsum((step_mean - start) * weight) * inverse
-    # Where the step's own weight is taken out again, M_{t-1} remains; at a first step its
-    # factor (t-1)/t is zero.
-    before = (total - 1).clamp(min=1)
-    previous = (mean * total - step_mean) / before
-    terms = step_var + (step_mean - previous).square() * (total - 1).clamp(min=0) * inverse
-    var = (state.var.unsqueeze(1) * seen + segments.cumsum(terms * weight)) * inverse
-    return mean, var
+    mean = start + segments.cumsum((step_mean - start) * weight) / total
+    ratio = total / (total - 1).clamp(min=1)
+    terms = torch.addcmul(step_var, (step_mean - mean).square(), ratio)
+    return mean, (state.var.unsqueeze(1) * seen + segments.cumsum(terms * weight)) / total
+
+
+def _normalise(
+    groups: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, L, D), and the mean and 1 / sqrt(V + eps) that it was made with."""
+    dtype = groups.dtype
+    mean, rstd = mean.to(dtype), (var + eps).rsqrt().to(dtype)
+    normed = (groups - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    y = torch.addcmul(bias.to(dtype), normed.flatten(-2), (weight + 1).to(dtype))
+    return y.to(y_dtype), mean, rstd
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    total: Tensor,
+    ratio: Tensor,
+    mean0: Tensor | None,
+    var0: Tensor | None,
+    num_groups: int,
+    eps: float,
+    dtype: torch.dtype,
+    parts: Parts | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, M_t and V_t; and what of :func:`_normalise` a backward needs."""
+    groups = _by_group(x, num_groups)
+    step_mean, step_var = _step_statistics(groups)
+    counts = StepCounts(total, ratio)
+    if parts is not None:
+        mean0, var0 = _statistics_before(step_mean, step_var, parts)
+    mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0)
+    y, *used = _normalise(groups, mean, var, weight, bias, eps, dtype)
+    return y, mean, var, used[0], used[1]
 
 
 class _TimestepNorm(torch.autograd.Function):
-    """Forward and backward with no full-size intermediate kept but the input.
+    """:func:`_norm` with no full-size intermediate kept but the input.
 
     With population statistics over s <= t, and n_t the steps seen,
     ``dM_t/dx_s = 1/(n_t d)`` and ``dV_t/dx_s = 2 (x_s - M_t)/(n_t d)``: the backward is two
@@ -234,77 +307,55 @@ class _TimestepNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        count: Tensor,
-        mean0: Tensor,
-        var0: Tensor,
-        num_groups: int,
-        eps: float,
-        y_dtype: torch.dtype,
-        parts: Parts | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = wide_dtype(x)
-        groups = x.unflatten(-1, (num_groups, -1)).to(dtype)
-        step_mean, step_var = (t.to(mean0.dtype) for t in _step_statistics(groups))
-        if parts is not None:
-            count, mean0, var0 = _statistics_before(step_mean, step_var, parts)
-        mean, var, inverse = _cumulative_statistics(
-            step_mean, step_var, TimestepNormState(count, mean0, var0)
-        )
-        rstd = (var + eps).rsqrt()
-        size = groups.shape[-1]
-        y = groups - _spread(mean.to(dtype), size)
-        y *= _spread(rstd.to(dtype), size)
-        y = torch.addcmul(bias.to(dtype), y.flatten(-2), (weight + 1).to(dtype))
-        ctx.save_for_backward(x, weight, count, mean0, mean, rstd, inverse)
-        ctx.bias_dtype, ctx.parts = bias.dtype, parts
-        return fresh(y.to(y_dtype)), mean[:, -1].clone(), var[:, -1].clone()
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var, *used = _norm(*given)
+        x, weight, bias, total, _, mean0, *_ = given
+        ctx.save_for_backward(x, weight, total, mean0, *used)
+        ctx.bias_dtype, ctx.parts = bias.dtype, given[-1]
+        ctx.set_materialize_grads(False)
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple:
-        x, weight, count, mean0, mean, rstd, inverse = ctx.saved_tensors
-        dtype, groups = wide_dtype(x), mean.shape[-1]
-        size = x.shape[-1] // groups
-
-        def by_group(full: Tensor) -> Tensor:
-            return full.unflatten(-1, (groups, size)).to(dtype)
-
-        grad_y, scale = by_group(grad_y), by_group(weight + 1)
-        rstd_x = _spread(rstd.to(dtype), size)
-        centred = by_group(x) - _spread(mean.to(dtype), size)
-        grad_weight = ((grad_y * centred).mul_(rstd_x)).sum((0, 1)).flatten()
-        grad_bias = grad_y.sum((0, 1)).flatten()
-        grad_x = (grad_y * scale).mul_(rstd_x)
-        # Per group, in the dtype of the statistics: to the mean, and to the variance.
-        to_mean = -grad_x.sum(-1).to(mean.dtype)
-        to_var = torch.linalg.vecdot(grad_x, centred).to(mean.dtype) * rstd.square() * -0.5
-        to_mean[:, -1] += grad_mean
-        to_var[:, -1] += grad_var
-        to_mean, to_var = to_mean * inverse, to_var * (2 * inverse)
-        slope = _reverse_cumsum(to_var / size)
-        offset = _reverse_cumsum((to_mean - to_var * mean) / size)
-        if ctx.parts is not None:  # what the parts behind this one add to each of its steps
-            sums = ctx.parts.gather(torch.stack([slope[:, :1], offset[:, :1]]))
-            behind = sums[ctx.parts.rank + 1 :].sum(0)
-            slope, offset = slope + behind[0], offset + behind[1]
-        # (x - M) slope + (offset + M slope): centred, so that a large mean does not cancel.
-        offset = offset + mean * slope
-        grad_x.addcmul_(centred, _spread(slope.to(dtype), size))
-        grad_x += _spread(offset.to(dtype), size)
-        grad_x = grad_x.flatten(-2).to(x.dtype)
-        seen = count.to(mean.dtype).unsqueeze(-1)
-        start = mean0.unsqueeze(1)
-        grad_mean0 = seen * (to_mean + to_var * (start - mean)).sum(1)
-        grad_var0 = seen * (to_var / 2).sum(1)
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> tuple:
+        x, weight, total, mean0, mean, rstd = ctx.saved_tensors
+        grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+        groups, size = mean.shape[-1], x.shape[-1] // mean.shape[-1]
+        normed = (_by_group(x, groups) - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
+        grad, scale = _by_group(grad_y, groups), _by_group(weight + 1, groups)
+        along = grad * normed
+        grad_weight, grad_bias = (t.sum((0, 1)).flatten() for t in (along, grad))
+        grad_x = grad * scale
+        # Per group, in the dtype of the statistics: minus what goes to M_t and to V_t, the latter
+        # twice, over n_t d.
+        share = rstd / total
+        to_mean = grad_x.mean(-1) * share
+        to_var = along.mul_(scale).mean(-1) * share * rstd
+        if grad_mean is not None:
+            to_mean -= grad_mean / (total * size)
+        if grad_var is not None:
+            to_var -= grad_var * 2 / (total * size)
+        both = torch.cat([to_var, torch.addcmul(to_mean, to_var, mean, value=-1)], dim=-1)
+        both = both.flip(1).cumsum(1).flip(1)  # sums over t >= s
+        if ctx.parts is not None:
+            both += ctx.parts.gather(both[:, :1])[ctx.parts.rank + 1 :].sum(0)
+        slope, offset = both.chunk(2, dim=-1)
+        grad_mean0 = grad_var0 = None
+        if mean0 is not None:
+            seen = (total[:, 0] - 1) * size
+            grad_mean0 = -seen * torch.addcmul(offset[:, 0], slope[:, 0], mean0)
+            grad_var0 = slope[:, 0] * seen * -0.5
+        # Centred, so that a large mean does not cancel: x slope = (x - M) slope + M slope.
+        offset = torch.addcmul(offset, slope, mean).to(mean.dtype)
+        grad_x = grad_x.mul_(rstd.unsqueeze(-1)).sub_(offset.unsqueeze(-1))
+        grad_x.addcmul_(normed, (slope / rstd).to(mean.dtype).unsqueeze(-1), value=-1)
         return (
-            grad_x,
+            grad_x.flatten(-2).to(x.dtype),
             grad_weight.to(weight.dtype),
             grad_bias.to(ctx.bias_dtype),
+            None,
             None,
             grad_mean0,
             grad_var0,
@@ -316,12 +367,7 @@ class _TimestepNorm(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _norm_of_part(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_of_part(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A compiler cannot follow what processes tell each other."""
-    found: tuple[Tensor, Tensor, Tensor] = _TimestepNorm.apply(*args)
+    found: tuple[Tensor, Tensor, Tensor] = _TimestepNorm.apply(*given)
     return found
-
-
-def _reverse_cumsum(x: Tensor) -> Tensor:
-    """Sum over steps t >= s, (B, L, G)."""
-    return x.flip(1).cumsum(1).flip(1)

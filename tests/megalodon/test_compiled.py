@@ -1,5 +1,9 @@
+from pathlib import Path
+
+import pytest
 import torch
 import torch._dynamo.testing
+from torch._dynamo.utils import counters
 
 from megalodon import MegalodonCache
 
@@ -24,13 +28,16 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
     assert counter.frame_count <= 5
 
 
-def test_compiled_layers_have_the_gradients_of_eager_ones() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_layers_have_the_gradients_of_eager_ones(autocast: bool) -> None:
     eager, compiled = tiny_model(rescale_nffn=True), tiny_model(rescale_nffn=True)
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
     for model in (eager, compiled):
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
@@ -44,3 +51,20 @@ def test_the_whole_model_is_one_graph_and_can_be_exported() -> None:
     exported = torch.export.export(model, (ids,), options).module()
     for program in (compiled, exported):
         torch.testing.assert_close(program(ids, **options)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow  # compiles C++
+def test_a_second_start_finds_its_compiled_layers_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    ids = torch.randint(0, 256, (2, 2 * CHUNK))
+    for found in (0, 1):
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny_model()
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert counters["aot_autograd"]["autograd_cache_hit"] == found
+        assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
