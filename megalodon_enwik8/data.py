@@ -14,13 +14,13 @@ import lzma
 import os
 import socket
 import time
-import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -215,14 +215,12 @@ def _download(archive: Path, by_hand: Path, progress: bool) -> None:
                     ENWIK8_URL, str(archive), ENWIK8_ZIP_SHA256, progress
                 )
                 return
-            except urllib.error.URLError as error:
-                failure: Exception = error
-                # Who has no network, or asks for what is not there, should not have to wait.
-                if number == 0 and getattr(error, "code", 0) < 500:
-                    break
             # RuntimeError: the sum is wrong, as it also is when an answer was cut off.
-            except (ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
+            except (URLError, ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
                 failure = error
+                # Who has no network, or asks for what is not there, should not have to wait.
+                if number == 0 and isinstance(error, URLError) and getattr(error, "code", 0) < 500:
+                    break
             except OSError as error:
                 error.filename = error.filename or str(archive)  # a full disk, say
                 raise
