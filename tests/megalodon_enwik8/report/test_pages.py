@@ -72,7 +72,7 @@ def test_a_page_or_picture_that_is_behind_its_runs_is_told(
     page: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert f"curves.svg: is not what the report makes of it: --fill {page}" in refused(
-        capfd, "--check", page
+        capfd, main, "--check", page
     )
     main(["--fill", str(page)])
     page.write_text(page.read_text().replace("1.4050", "1.4049"))
