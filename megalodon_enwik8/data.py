@@ -14,13 +14,13 @@ import lzma
 import os
 import socket
 import time
-import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -71,14 +71,12 @@ def load_corpus(data_path: str, data_bytes: int | None = None, *, progress: bool
     is held to the sum of enwik8, and "enwik8" and "enwik8.gz" are fetched if absent, the only case
     that touches the network; `progress` is for its progress bar. A packed file is unpacked into
     memory; a raw one of any size is mapped, and has to stay as it is while it is used.
-    `data_bytes` is how many of the first bytes to use; None means 95,000,000 of enwik8 and of
+    `data_bytes` >= 1 is how many of the first bytes to use; None means 95,000,000 of enwik8 and of
     code, and the whole of anything else.
 
     Raises UserError, one line each, for what is missing, empty, damaged, not what its name says,
     unpacked larger than memory is risked for, or shorter than `data_bytes`.
     """
-    if data_bytes is not None and data_bytes <= 0:
-        raise UserError(f"data_bytes={data_bytes}: must be at least 1, or absent for the default")
     name, text = _read_named(data_path, data_bytes, progress)
     if not len(text):
         raise UserError(f"{data_path} is empty: name a file that holds text")
@@ -117,7 +115,7 @@ def _read_named(data_path: str, data_bytes: int | None, progress: bool) -> tuple
         raise UserError(f"{path}: a file of this name is taken for the {path.name}: rename it")
     if named_text(data_path) != ENWIK8:
         return path.name, _read(path, "check data_path", keep=data_bytes)
-    if path.suffix in ("", ".gz") and not path.exists() and "\0" not in data_path:
+    if path.suffix in ("", ".gz") and not path.exists():
         _fetch_enwik8(path, progress)
     remedy = "check data_path, or rename the file to use it as ordinary data"
     return ENWIK8, _read_known(path, ENWIK8_SIZE, ENWIK8_SHA256, remedy)
@@ -217,14 +215,12 @@ def _download(archive: Path, by_hand: Path, progress: bool) -> None:
                     ENWIK8_URL, str(archive), ENWIK8_ZIP_SHA256, progress
                 )
                 return
-            except urllib.error.URLError as error:
-                failure: Exception = error
-                # Who has no network, or asks for what is not there, should not have to wait.
-                if number == 0 and getattr(error, "code", 0) < 500:
-                    break
             # RuntimeError: the sum is wrong, as it also is when an answer was cut off.
-            except (ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
+            except (URLError, ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
                 failure = error
+                # Who has no network, or asks for what is not there, should not have to wait.
+                if number == 0 and isinstance(error, URLError) and getattr(error, "code", 0) < 500:
+                    break
             except OSError as error:
                 error.filename = error.filename or str(archive)  # a full disk, say
                 raise

@@ -37,7 +37,7 @@ from megalodon_enwik8.device import (
     peak_memory_bytes,
 )
 from megalodon_enwik8.distributed import World, join
-from megalodon_enwik8.models import byte_losses, keeps_a_state, new_state, restore_model
+from megalodon_enwik8.models import byte_losses, new_state, restore_model
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 
 # A text is read so many tokens at a time: enough to fill the cores, small in memory, and
@@ -287,12 +287,6 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
     checkpoint = load_checkpoint(path)
     config = checkpoint.experiment(path)
     model = restore_model(checkpoint, path)
-    if options.stream and not keeps_a_state(model):
-        raise UserError(
-            f"--stream: {path} holds a {config.model}, whose memory of the text grows with every "
-            "byte, where a stream needs a state of fixed size; use --context N, and --stride S to "
-            "let each byte see at least N - S bytes"
-        )
     model.to(device)  # type: ignore[arg-type]
     corpus = load_corpus(
         options.data_path or config.data_path,

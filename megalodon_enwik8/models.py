@@ -189,7 +189,7 @@ def new_state(model: PreTrainedModel) -> MegalodonCache:
     if not keeps_a_state(model):
         raise UserError(
             f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
-            "grows with every byte; give it windows of the text"
+            "grows with every byte; give it windows of the text, as --context N does"
         )
     return MegalodonCache(cast(MegalodonConfig, model.config))
 

@@ -4,7 +4,7 @@ python -m megalodon_enwik8.recall results/recall.json
 
 Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS keys, each
 with a value behind it, then a gap of other tokens, then the keys in another order, each with its
-value. Only those values count. A chance hit is one in VALUES.
+value. Only those values count. A chance hit is one in VALUES. All in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.config import ExperimentConfig, make_config
-from megalodon_enwik8.device import Autocast, autocast, choose_device, device_name
+from megalodon_enwik8.device import choose_device, device_name
 from megalodon_enwik8.models import build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 from megalodon_enwik8.training import derive_seed, make_optimizer
@@ -42,13 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly
         "llama_init": "fan_in",
     },
 }  # fmt: skip
-RECIPE = {
-    "use_autocast": False,
-    "optimizer": "adamw",
-    "beta2": 0.95,
-    "weight_decay": 0.1,
-    "schedule": "cosine",
-}
+RECIPE = {"optimizer": "adamw", "beta2": 0.95, "weight_decay": 0.1, "schedule": "cosine"}
 RATES = (1e-3, 3e-3)
 TEST_ROWS = 256
 
@@ -89,8 +83,7 @@ def train(config: ExperimentConfig, rows: int, device: torch.device) -> PreTrain
         batch = draw(rows, gaps[step % len(gaps)], derive_seed(config.seed, step, "recall"))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        with autocast(device, config.use_autocast):
-            byte_losses(model, batch.to(device))[:, ANSWERS].mean().backward()
+        byte_losses(model, batch.to(device))[:, ANSWERS].mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -98,12 +91,11 @@ def train(config: ExperimentConfig, rows: int, device: torch.device) -> PreTrain
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, gap: int, use_autocast: Autocast) -> float:
+def accuracy(model: PreTrainedModel, gap: int) -> float:
     """The share of values that are said right, of sequences that no training drew."""
     device = next(model.parameters()).device
     batch = draw(TEST_ROWS, gap, derive_seed(-1, gap, "recall")).to(device)
-    with autocast(device, use_autocast):
-        said = model(input_ids=batch[:, :-1], use_cache=False).logits[:, ANSWERS].argmax(-1)
+    said = model(input_ids=batch[:, :-1], use_cache=False).logits[:, ANSWERS].argmax(-1)
     return float((said == batch[:, ANSWERS]).float().mean())
 
 
@@ -131,7 +123,7 @@ def probe(out: Path, seeds: Sequence[int], steps: int, rows: int) -> None:
         row: dict[str, Any] = {
             **key,
             "parameters": count_parameters(model),
-            "accuracy": {str(gap): accuracy(model, gap, config.use_autocast) for gap in GAPS},
+            "accuracy": {str(gap): accuracy(model, gap) for gap in GAPS},
             "seconds": time.perf_counter() - began,
             "device": device_name(device),
             "torch": torch.__version__,

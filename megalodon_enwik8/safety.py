@@ -223,12 +223,9 @@ class StopRequest:
 
     def __call__(self) -> int:
         """The number of the signal that has come, or 0."""
-        if self.signal_number:
-            for fd in self._terminals:
-                if not os.isatty(
-                    fd
-                ):  # closed: to write there would be an error, before all is saved
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        for fd in self._terminals if self.signal_number else ():
+            if not os.isatty(fd):  # closed: to write there would be an error, before all is saved
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         return self.signal_number
 
     def __enter__(self) -> StopRequest:

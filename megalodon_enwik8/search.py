@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megalodon_enwik8.config import ExperimentConfig, load_config, model_of_key, read_yaml
+from megalodon_enwik8.config import ExperimentConfig, make_config, model_of_key, read_yaml
 from megalodon_enwik8.safety import Parser, UserError, run_main
 
 Settings = dict[str, Any]
@@ -33,53 +33,55 @@ class Plan(BaseModel):
     start: Settings = Field(alias="with")  # what all runs set besides, until a round finds better
     rounds: list[dict[str, list[Any]]] = Field(min_length=1)  # in each: a key and its values
 
+    def tries(self, model: str) -> list[tuple[str, list[Any]]]:
+        """The key of each round that the model has, and its values."""
+        pairs = [pair for values in self.rounds for pair in values.items()]
+        return [(key, values) for key, values in pairs if model_of_key(key) in (None, model)]
+
+    def set_keys(self, model: str) -> list[str]:
+        """What the runs of a model set, in all rounds together."""
+        return sorted({key for key, _ in self.tries(model)} | self.start.keys())
+
+    def config(self, model: str, settings: Settings, folder: Path) -> ExperimentConfig:
+        """Of one run, in a folder that is called after what the rounds try."""
+        values = {**read_yaml(self.base[model]), **settings, "run_dir": str(folder)}
+        config = make_config(values, f"{self.base[model]}, as the search sets it")
+        tried = sorted({key for key, _ in self.tries(model)})
+        name = "_".join([model, *(str(getattr(config, key)) for key in tried)])
+        return config.model_copy(update={"run_dir": str(folder / name)})
+
 
 def read_plan(path: str) -> Plan:
+    """Raises UserError for one that does not give each model the same number of tries, or asks for
+    a run that cannot be."""
     try:
         plan = Plan(**read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {place}: {first['msg']}") from None
-    unknown = {
-        key for values in plan.rounds for key in values
-    } - ExperimentConfig.model_fields.keys()
-    if unknown:
-        raise UserError(f"{path}: rounds try {sorted(unknown)[0]}, which is no key of a config")
+    for number, values in enumerate(plan.rounds, 1):
+        if unknown := values.keys() - ExperimentConfig.model_fields.keys():
+            raise UserError(f"{path}: rounds try {min(unknown)}, which is no key of a config")
+        counts = [
+            [len(tried) for key, tried in values.items() if model_of_key(key) in (None, model)]
+            for model in plan.base
+        ]
+        if any(count != counts[0] or len(count) != 1 for count in counts):
+            raise UserError(
+                f"{path}: round {number}: {' and '.join(plan.base)} have {counts} values: give "
+                "each model one key in a round, and as many values as the other"
+            )
     for model in plan.base:
-        for number, values in enumerate(plan.rounds, 1):
-            own = own_keys(values, model)
-            if len(own) != 1:
-                raise UserError(
-                    f"{path}: round {number} tries {', '.join(values)}, of which a {model} has "
-                    f"{len(own)}: give each model one key in a round"
-                )
-    counts = {m: [len(values) for _, values in tries(plan, m)] for m in plan.base}
-    if len({tuple(numbers) for numbers in counts.values()}) > 1:
-        raise UserError(f"{path}: not the same number of tries for each model: {counts}")
+        for key, tried in plan.tries(model):
+            for value in tried:
+                plan.config(model, {**plan.start, key: value}, Path())
     return plan
 
 
-def own_keys(values: Settings, model: str) -> list[str]:
-    """The keys of a round that a model has."""
-    return [key for key in values if model_of_key(key) in (None, model)]
-
-
-def tries(plan: Plan, model: str) -> list[tuple[str, list[Any]]]:
-    """The key of each round, and its values."""
-    return [(key, values[key]) for values in plan.rounds for key in own_keys(values, model)]
-
-
-def set_keys(plan: Plan, model: str) -> list[str]:
-    """What the runs of a model set, in all rounds together."""
-    return sorted({key for key, _ in tries(plan, model)} | plan.start.keys())
-
-
 def read_results(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError:
         raise UserError(f"{path}: is not the output of a search; name another --out") from None
 
@@ -91,44 +93,31 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
     from megalodon_enwik8.training import train
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(out)
     best = {model: dict(plan.start) for model in plan.base}
     for number in range(len(plan.rounds)):
         for model in plan.base:
-            key, values = tries(plan, model)[number]
-            losses = {}
+            key, values = plan.tries(model)[number]
+            losses = []
             for value in values:
-                config = plan_config(plan, model, {**best[model], key: value}, folder)
-                settings = {k: getattr(config, k) for k in set_keys(plan, model)}
-                found = find(read_results(out), model, settings)
-                if found is None:
+                config = plan.config(model, {**best[model], key: value}, folder)
+                settings = {name: getattr(config, name) for name in plan.set_keys(model)}
+                wanted = {"model": model, "settings": settings}
+                row = next((row for row in results if row | wanted == row), None)
+                if row is None:
                     print(f"\n{model}: {key}={value}", flush=True)
                     if code := train(config, resume=NEWEST):
                         return code
-                    run_dir = Path(config.run_dir)
-                    found = {"model": model, "settings": settings, **read_losses(run_dir)}
+                    row = {**wanted, **read_losses(Path(config.run_dir))}
+                    results.append(row)
                     with out.open("a") as file:
-                        file.write(json.dumps(found) + "\n")
-                    shutil.rmtree(run_dir)
-                losses[json.dumps(value)] = found["val_loss"]
-            chosen = min(losses, key=lambda value: losses[value])
-            best[model][key] = json.loads(chosen)
-            said = ", ".join(f"{value} {loss:.4f}" for value, loss in losses.items())
-            print(f"{model}: {key}: {said}; best {chosen}", flush=True)
+                        file.write(json.dumps(row) + "\n")
+                    shutil.rmtree(config.run_dir)
+                losses.append(row["val_loss"])
+            best[model][key] = values[losses.index(min(losses))]
+            said = ", ".join(f"{v} {loss:.4f}" for v, loss in zip(values, losses, strict=True))
+            print(f"{model}: {key}: {said}; best {best[model][key]}", flush=True)
     return 0
-
-
-def plan_config(plan: Plan, model: str, settings: Settings, folder: Path) -> ExperimentConfig:
-    """The config of one run, in a folder that is called after what the rounds try."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    config = load_config(plan.base[model], overrides)
-    tried = sorted({key for key, _ in tries(plan, model)})
-    name = "_".join([model, *(str(getattr(config, key)) for key in tried)])
-    return config.model_copy(update={"run_dir": str(folder / name)})
-
-
-def find(results: list[dict[str, Any]], model: str, settings: Settings) -> dict[str, Any] | None:
-    same = (row for row in results if (row["model"], row["settings"]) == (model, settings))
-    return next(same, None)
 
 
 def read_losses(run_dir: Path) -> dict[str, Any]:

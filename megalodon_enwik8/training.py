@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,11 +74,10 @@ def train(
         goes_on_here = resume is not None and (
             resume == NEWEST or Path(resume).resolve().parent == here
         )
-        with ExitStack() as stack:
-            folder: RunFolder = WatchedFolder(config.run_dir)
-            if world.is_main:
-                opened = open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here)
-                folder = stack.enter_context(opened)
+        opened: AbstractContextManager[RunFolder] = nullcontext(WatchedFolder(config.run_dir))
+        if world.is_main:
+            opened = open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here)
+        with opened as folder:
             world.wait()
             return _train(config, folder, world, resume)
 
@@ -410,11 +409,8 @@ class Trainer:
                 if shapes != [parameter.shape] * 2 or not float(moments["step"]) > 0:
                     raise ValueError("moments of other weights")
             counts = checkpoint.progress
-            self.progress = Progress(
-                float(counts["seconds"]),
-                int(counts["skipped_steps"]),
-                float(counts["best_val_loss"]),
-            )
+            seconds, best = float(counts["seconds"]), float(counts["best_val_loss"])
+            self.progress = Progress(seconds, int(counts["skipped_steps"]), best)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path}: its optimizer or progress is damaged: {reason}") from error

@@ -214,19 +214,6 @@ def test_any_mapping_is_a_config_or_one_line(values: dict[str, Any], model: str)
                 assert used == value or math.isclose(used, float(value))
 
 
-@given(
-    st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)),
-    st.lists(st.text(max_size=20), max_size=2),
-)
-def test_any_file_is_a_config_or_one_line(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, overrides: list[str]
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
-    path.write_bytes(content)
-    outcome = attempt(lambda: load_config(path, overrides))
-    assert not isinstance(outcome, str) or "\n" not in outcome
-
-
 def paths(max_size: int) -> st.SearchStrategy[str]:
     return st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=max_size)
 

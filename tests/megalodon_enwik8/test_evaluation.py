@@ -18,10 +18,10 @@ from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.evaluation import evaluate, main, score_windows
 from megalodon_enwik8.models import build_model, byte_losses
 from megalodon_enwik8.run_folder import read_metrics
-from megalodon_enwik8.safety import run_main
 from megalodon_enwik8.training import train
 
 from .conftest import TINY
+from .programs import refused, run
 
 
 @pytest.fixture
@@ -86,29 +86,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[s
     return paths
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        run_main(lambda: main([str(argument) for argument in arguments]))
-    return int(caught.value.code or 0)
-
-
-def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that the program says on its way out with code 2."""
-    capfd.readouterr()
-    assert run(*arguments) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize("name", ["llama", "megalodon"])
 def test_without_options_the_figure_is_that_of_the_training(
     trained: dict[str, Path], name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = trained[name]
-    assert run(path) == 0
+    assert run(main, path) == 0
     rows = read_metrics(path.with_name("metrics.jsonl"))
     result = json.loads(path.with_name("final-words.txt-val-context24-stride24.json").read_text())
     assert result["loss"] == pytest.approx(rows[-1]["full_val_loss"], rel=1e-6)
@@ -125,9 +108,11 @@ def test_figures_go_where_they_are_asked_to(
     other.write_bytes(b"another text " * 100)
     windows, stream = tmp_path / "w.json", tmp_path / "s.json"
     text = ("--data-path", other, "--data-bytes", 1000, "--split", "train")
-    assert run(trained["llama"], "--context", 100, "--stride", 10, *text, "--out", windows) == 0
+    assert (
+        run(main, trained["llama"], "--context", 100, "--stride", 10, *text, "--out", windows) == 0
+    )
     options = ("--stream", "--streams", 4, "--segment", 9)
-    assert run(trained["megalodon"], *options, *text, "--out", stream) == 0
+    assert run(main, trained["megalodon"], *options, *text, "--out", stream) == 0
     assert "state of a stream: 2," in capfd.readouterr().out
     for path in (windows, stream):
         result = json.loads(path.read_text())
@@ -139,14 +124,14 @@ def test_figures_go_where_they_are_asked_to(
 def test_the_split_is_the_one_asked_for_and_another_text_is_said(
     trained: dict[str, Path], text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(trained["megalodon"], "--split", "train", "--stream") == 0
+    assert run(main, trained["megalodon"], "--split", "train", "--stream") == 0
     out, err = capfd.readouterr()
     assert "17,999 bytes predicted" in out
     assert "is not the text" not in err
     before = text_file.read_bytes()
     try:
         text_file.write_bytes(before[::-1])
-        assert run(trained["megalodon"]) == 0
+        assert run(main, trained["megalodon"]) == 0
     finally:
         text_file.write_bytes(before)
     assert "words.txt is not the text that" in capfd.readouterr().err
@@ -166,8 +151,8 @@ def test_what_the_evaluation_refuses_is_one_line(
         (llama, "--context", 2000): "--context 2000: the val split has 2000 bytes and "
         "needs 2001: use a smaller number, the other split or more data",
         (llama, "--context", 9, "--stride", 10): "--stride 10: must be at most --context 9",
-        (llama, "--stream"): "holds a llama, whose memory of the text grows with every byte, where "
-        "a stream needs a state of fixed size; use --context N, and --stride S",
+        (llama, "--stream"): "a LlamaForCausalLM has no state of fixed size to carry: its memory "
+        "of the text grows with every byte; give it windows of the text, as --context N does",
         (megalodon, "--stream", "--context", 9): "--stream has no --context and no --stride",
         (megalodon, "--segment", 9): "--streams and --segment are for --stream: add it",
         (megalodon, "--stream", "--streams", 2000): "--streams 2000: the val split "
@@ -178,8 +163,8 @@ def test_what_the_evaluation_refuses_is_one_line(
         (megalodon, "--data-bytes", 9): "--data-bytes is for --data-path",
     }
     for arguments, line in cases.items():
-        assert line in refused(capfd, *arguments), arguments
-    assert run(megalodon, "--out", tmp_path / "no" / "x.json") == 2
+        assert line in refused(capfd, main, *arguments), arguments
+    assert run(main, megalodon, "--out", tmp_path / "no" / "x.json") == 2
     assert "No such file or directory" in capfd.readouterr().err
 
 

@@ -28,8 +28,9 @@ from megalodon_enwik8.export import main
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import build_model, restore_model
 from megalodon_enwik8.run_folder import read_metrics
-from megalodon_enwik8.safety import run_main
 from megalodon_enwik8.training import train
+
+from .programs import refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,14 +243,7 @@ def test_mistakes_are_one_line_and_code_2(
         ([checkpoint, truncated.parent / "run"], "holds final.pt: name a new or an empty folder"),
     ]
     for arguments, message in cases:
-        with pytest.raises(SystemExit) as caught:
-            run_main(lambda arguments=arguments: main([str(a) for a in arguments]))
-        assert caught.value.code == 2
-        out, err = capfd.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert message in err
+        assert message in refused(capfd, main, *arguments)
     assert not target.exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import os
 import random
 import resource
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,14 +23,9 @@ from megalodon_enwik8 import data
 from megalodon_enwik8.data import load_corpus
 from megalodon_enwik8.safety import UserError
 
+from .packing import zipped
+
 TEXT = random.Random(0).randbytes(200_000)
-
-
-def zipped(text: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("enwik8", text)
-    return buffer.getvalue()
 
 
 class Server(ThreadingHTTPServer):

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,11 @@ import inference
 import train
 from megalodon_enwik8 import generation
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.safety import run_main
 from megalodon_enwik8.training import train as run_training
 
+from .programs import refused, run
+
 ROOT = Path(__file__).parents[2]
-
-
-def run(main: Callable[[list[str]], int], *arguments: str | Path) -> int:
-    """The exit code of a script, run in this process."""
-    with pytest.raises(SystemExit) as caught:
-        remedy = sys.modules[main.__module__].OUT_OF_MEMORY
-        run_main(lambda: main([str(argument) for argument in arguments]), remedy)
-    return int(caught.value.code or 0)
 
 
 def write_config(path: Path, config: ExperimentConfig) -> Path:
@@ -42,17 +34,6 @@ def trained(make_tiny: Any, model_name: str) -> Path:
     config = make_tiny(model_name, num_batches=2)
     assert run_training(config) == 0
     return Path(config.run_dir)
-
-
-def refused(capfd: pytest.CaptureFixture[str], main: Any, *arguments: str | Path) -> str:
-    """The one line that the script says on its way out with code 2."""
-    capfd.readouterr()
-    assert run(main, *arguments) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_train_reads_the_file_and_the_overrides_in_any_order(

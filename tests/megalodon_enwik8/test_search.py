@@ -84,25 +84,23 @@ def test_a_search_that_was_stopped_goes_on(
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"rounds": [{"chunk_size": [4]}]}, "chunk_size, of which a llama has 0: give each model"),
-        (
-            {"rounds": [{"lerning_rate": [4]}]},
-            "rounds try lerning_rate, which is no key",
-        ),
-        ({"rounds": [{"beta2": [0.9], "seed": [1]}]}, "of which a megalodon has 2"),
+        ({"rounds": [{"chunk_size": [4]}]}, "megalodon and llama have [[1], []] values: give each"),
+        ({"rounds": [{"lerning_rate": [4]}]}, "rounds try lerning_rate, which is no key"),
+        ({"rounds": [{"beta2": [0.9], "seed": [1]}]}, "have [[1, 1], [1, 1]] values"),
+        ({"rounds": [{"beta2": [0.9, 1.5]}]}, "as the search sets it: beta2=1.5: Input should be"),
         ({"rounds": []}, "rounds: List should have at least 1 item"),
         ({"base": {}}, "base: Dictionary should have at least 1 item"),
         ({"steps": 3}, "steps: Extra inputs are not permitted"),
         (
             {"rounds": [{"init_mode": ["he"], "llama_init": ["fan_in", "pytorch"]}]},
-            "not the same number of tries",
+            "have [[1], [2]] values: give each model one key",
         ),
     ],
 )
 def test_a_plan_that_is_none_is_refused(
     make_plan: MakePlan, tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
-    with pytest.raises(UserError, match=r"plan\.yaml") as caught:
+    with pytest.raises(UserError, match=r"\.yaml") as caught:
         run(make_plan(**changes), tmp_path)
     assert line in str(caught.value)
     assert not (tmp_path / "out.jsonl").exists()
@@ -112,7 +110,7 @@ def test_the_committed_plan_is_one_and_its_runs_are_of_it() -> None:
     results = Path(__file__).parents[2] / "results"
     plan = search.read_plan(str(results / "search.yaml"))
     rows = search.read_results(results / "search.jsonl")
-    assert all([*row["settings"]] == search.set_keys(plan, row["model"]) for row in rows)
+    assert all([*row["settings"]] == plan.set_keys(row["model"]) for row in rows)
 
 
 def test_another_file_is_not_written_to(make_plan: MakePlan, tmp_path: Path) -> None:

@@ -7,11 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
-
-from megalodon_enwik8.report.__main__ import main
-from megalodon_enwik8.safety import run_main
 
 PARAMETERS = {"megalodon": 1000, "llama": 1100}
 
@@ -84,14 +80,3 @@ def row(text: str, title: str) -> list[str]:
         for cells in ([cell.strip() for cell in each.split("|")] for each in text.splitlines())
         if cells[1:2] == [title]
     )
-
-
-def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that the program says on its way out with code 2."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run_main(lambda: main([str(argument) for argument in arguments]))
-    assert caught.value.code == 2
-    out, err = capfd.readouterr()
-    assert (out, err[:7], err.count("\n")) == ("", "error: ", 1)
-    return err

@@ -12,7 +12,8 @@ from megalodon_enwik8.report import pictures
 from megalodon_enwik8.report.__main__ import FILLERS, main
 from megalodon_enwik8.safety import UserError
 
-from .run_folders import make_group, refused
+from ..programs import refused
+from .run_folders import make_group
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,14 +72,14 @@ def test_a_page_or_picture_that_is_behind_its_runs_is_told(
     page: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert f"curves.svg: is not what the report makes of it: --fill {page}" in refused(
-        capfd, "--check", page
+        capfd, main, "--check", page
     )
     main(["--fill", str(page)])
     page.write_text(page.read_text().replace("1.4050", "1.4049"))
-    assert f"{page}: is not what the report makes of it" in refused(capfd, "--check", page)
+    assert f"{page}: is not what the report makes of it" in refused(capfd, main, "--check", page)
     main(["--fill", str(page)])
     shutil.rmtree(page.parent / "runs" / "llama_8")
-    assert "curves.svg: is not" in refused(capfd, "--check", page)
+    assert "curves.svg: is not" in refused(capfd, main, "--check", page)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_marker_that_cannot_be_filled_is_refused_with_its_line(
     (page.parent / "other.json").write_text("[1, 2]")
     text = f"# Title\n{marker}\n"
     page.write_text(text)
-    said = refused(capfd, "--fill", page)
+    said = refused(capfd, main, "--fill", page)
     assert f"{page}, line {line}: " in said
     assert message in said
     assert page.read_text() == text
@@ -114,7 +115,9 @@ def test_a_marker_that_cannot_be_filled_is_refused_with_its_line(
 def test_no_page_is_written_unless_all_can_be(
     page: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert "none.md: No such file" in refused(capfd, "--fill", page, page.with_name("none.md"))
+    assert "none.md: No such file" in refused(
+        capfd, main, "--fill", page, page.with_name("none.md")
+    )
     assert page.read_bytes().decode() == PAGE
 
 

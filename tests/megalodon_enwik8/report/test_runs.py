@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, load_config
+from megalodon_enwik8.report.__main__ import main
 from megalodon_enwik8.report.runs import (
     check_comparable,
     find_groups,
@@ -22,7 +23,8 @@ from megalodon_enwik8.report.runs import (
 )
 from megalodon_enwik8.safety import UserError
 
-from .run_folders import make_run, refused
+from ..programs import refused
+from .run_folders import make_run
 
 ROOT = Path(__file__).parents[3]
 
@@ -110,7 +112,7 @@ def test_losses_of_different_things_do_not_stand_in_one_table(
     tmp_path: Path, change: dict[str, Any], key: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runs = make_run(tmp_path / "a"), make_run(tmp_path / "b", "llama", **change)
-    assert f"cannot stand in one table: {key} is" in refused(capfd, *runs)
+    assert f"cannot stand in one table: {key} is" in refused(capfd, main, *runs)
     check_comparable(find_groups([str(runs[0])]))
 
 
@@ -134,7 +136,7 @@ def test_one_recipe_and_seed_twice_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    assert f"{a} and {b}: the same recipe and seed 7 twice" in refused(capfd, a, b)
+    assert f"{a} and {b}: the same recipe and seed 7 twice" in refused(capfd, main, a, b)
     assert len(one_group([str(a), str(a)])) == 1  # one run, named twice
 
 
@@ -172,7 +174,7 @@ def test_a_run_folder_that_is_not_whole_is_refused_in_a_line(
 ) -> None:
     run = make_run(tmp_path / "run")
     spoil(run)
-    said = refused(capfd, run)
+    said = refused(capfd, main, run)
     assert str(run) in said
     assert message in said
 
@@ -192,16 +194,16 @@ def test_a_run_without_its_end_is_refused_in_a_line(
     tmp_path: Path, options: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", **options)
-    assert message in refused(capfd, run)
+    assert message in refused(capfd, main, run)
 
 
 def test_what_is_not_there_is_refused_in_a_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert "nothing*: matches nothing" in refused(capfd, tmp_path / "nothing*")
+    assert "nothing*: matches nothing" in refused(capfd, main, tmp_path / "nothing*")
     (tmp_path / "file").touch()
-    assert "file: no such run folder" in refused(capfd, tmp_path / "file")
-    assert "name run folders, or pages" in refused(capfd)
+    assert "file: no such run folder" in refused(capfd, main, tmp_path / "file")
+    assert "name run folders, or pages" in refused(capfd, main)
 
 
 def test_committed_runs_can_be_made_again() -> None:
