@@ -1,5 +1,5 @@
-"""Speed and memory of both models, side by side, and of several processes beside one:
-python -m megalodon_enwik8.benchmark train|context|scale
+"""Speed, memory and operations of both models, side by side, and several processes beside one:
+python -m megalodon_enwik8.benchmark train|context|scale|count
 
 Machines are noisy, and what a process did before stays in its memory: every task is measured in a
 fresh process, the models take turns, and what counts are ratios of what ran next to each other.
@@ -14,11 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +30,19 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon.compat import CACHE_NAME
+from megalodon.ops import chunk_attention
 from megalodon_enwik8 import device as machine
 from megalodon_enwik8.config import ExperimentConfig, make_config, precision_name
 from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import (
     build_model,
+    byte_losses,
     compile_layers,
     decoder_layers,
     keeps_a_state,
     new_state,
 )
+from megalodon_enwik8.operations import KERNEL_NAMES, Operations, kernels
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 from megalodon_enwik8.training import make_optimizer, train_step
 
@@ -60,6 +66,7 @@ class Task:
     kind: "turns": steps of both models by turns, and the products of each. "train": the first
     step and the fastest. "decode": reading a prompt of `context` bytes, then writing on. "scale":
     steps of one process and of PROCESSES by turns, in which `chunk_parallel` share each sequence.
+    "count": operations, and kernels of compiled code, on the CPU.
     tokens: in a step, in sequences of `context`, at least one; `micro_batch` of them at a time.
     repetitions: after a first one; in "train" and "decode", none begins after so many `seconds`.
     """
@@ -116,6 +123,8 @@ def measure_apart(task: Task, limit: float, cache: str) -> Figures:
     if task.kind == "scale":
         launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m"]
         environment["OMP_NUM_THREADS"] = "1"
+    if task.kind == "count":
+        environment |= {"FORCE_DEVICE": "cpu", **KERNEL_NAMES}
     module = [*launch, "megalodon_enwik8.benchmark"]
     command = [sys.executable, "-m", *module, "task", json.dumps(asdict(task))]
     with subprocess.Popen(
@@ -141,7 +150,7 @@ def measure(task: Task) -> Figures:
     """The task's figures, taken by this process. Raises UserError where memory runs out."""
     machine.keep_freed_memory()
     device = machine.choose_device()
-    kinds = {"turns": _turns, "train": _train, "decode": _decode, "scale": _scale}
+    kinds = {"turns": _turns, "train": _train, "decode": _decode, "scale": _scale, "count": _count}
     try:
         figures = kinds[task.kind](task, device)
     except Exception as error:
@@ -271,6 +280,62 @@ def _decode(task: Task, device: torch.device) -> Figures:
         "decode_tokens_per_second": 1 / writing,
         "state_bytes": state_bytes,
     }
+
+
+def _count(task: Task, device: torch.device) -> Figures:
+    """By name: a block's operations and kernels, forward and backward, and a whole step's."""
+    with as_on_a_gpu():
+        config = task.config(task.model)
+        step = _stepper(_build(config, device), config)
+        step()  # makes the optimizer's moments
+        with Operations() as whole:
+            step()
+        forward, backward = _passes(replace(task, layers=1, compile=True))
+        figures = {
+            **block_operations(task),
+            "step": whole.found,
+            "kernels_forward": kernels(forward),
+            "kernels_backward": kernels(backward),
+        }
+    return {part: dict(found.most_common()) for part, found in figures.items()}
+
+
+def block_operations(task: Task) -> dict[str, Counter[str]]:
+    """Of one more layer, where there is one."""
+    counts = []
+    for layers in (1, 2):
+        passes = _passes(replace(task, layers=layers))
+        for run_pass in passes:
+            with Operations() as counter:
+                run_pass()
+            counts.append(counter.found)
+    return {"forward": counts[2] - counts[0], "backward": counts[3] - counts[1]}
+
+
+def as_on_a_gpu() -> AbstractContextManager[Any]:
+    """While the block runs, attention is one operation, as it is on a GPU."""
+    return patch.object(chunk_attention, "SCORES_LIMIT", 0)
+
+
+def _passes(task: Task) -> tuple[Step, Step]:
+    """Forward and backward of a model that has made the first ones."""
+    config = task.config(task.model)
+    model = build_model(config)
+    compile_layers(model, config)
+    batch = torch.zeros(config.batch_size, config.seq_len + 1, dtype=torch.int64)
+    losses: list[torch.Tensor] = []
+
+    def forward() -> None:
+        with machine.autocast(batch.device, config.use_autocast):
+            losses.append(byte_losses(model, batch).sum())
+
+    def backward() -> None:
+        losses.pop().backward()
+
+    forward()
+    backward()
+    model.zero_grad()
+    return forward, backward
 
 
 def _build(config: ExperimentConfig, device: torch.device) -> PreTrainedModel:
@@ -469,6 +534,38 @@ def run_scale(options: argparse.Namespace) -> str:
     return parallel_table(measured)
 
 
+def run_count(options: argparse.Namespace) -> str:
+    """Operations of a block and of a step of one sequence, into count.json; returns the table."""
+    from megalodon_enwik8.report.tables import count_table
+
+    tasks = [
+        Task(
+            kind="count",
+            model=name,
+            context=options.seq_len,
+            tokens=options.seq_len,
+            repetitions=1,
+            chunk_size=options.chunk_size,
+            use_autocast=options.use_autocast,
+        )
+        for name in MODELS
+    ]
+
+    def record(measured: Figures, task: Task, figures: Figures) -> None:
+        idle = ("peak_memory_bytes", "device")  # say nothing here, and differ each time
+        counted = {key: value for key, value in figures.items() if key not in idle}
+        measured["rows"].append({"model": task.model, **counted})
+
+    measured: Figures = {
+        "seq_len": options.seq_len,
+        "chunk_size": options.chunk_size,
+        "dtype": precision_name(options.use_autocast),
+        "rows": [],
+    }
+    run(options, tasks, measured, record)
+    return count_table(measured)
+
+
 def context_tasks(options: argparse.Namespace) -> list[Task]:
     """By kind and context, the models by turns; last the Megalodon alone at far positions."""
     given = vars(options)
@@ -494,6 +591,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train = commands.add_parser("train", help="training steps: time, memory, compilation")
     context = commands.add_parser("context", help="training, reading, writing against the context")
     scale = commands.add_parser("scale", help="a step of one process, and of two, a thread each")
+    counting = commands.add_parser("count", help="operations and kernels, on the CPU, of a block")
     commands.add_parser("task").add_argument("task")  # what a fresh process is asked for
 
     def count(
@@ -515,7 +613,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     count(train, "--micro-batches", [1, 4, 16], "sequences at a time, as far as a step has them")
     count(train, "--steps", 7, "timed steps of each")
     count(train, "--seq-len", 512, f"bytes in a sequence, of the {STEP_BYTES:,} of a step")
-    count(train, "--chunk-size", 256, "of the Megalodon's attention")
+    count(counting, "--seq-len", 512, "bytes in the one sequence of a step")
+    for command in (train, counting):
+        count(command, "--chunk-size", 256, "of the Megalodon's attention")
     some_of(train, "--modes", "eager", "compiled")
     some_of(context, "--measure", "train", "decode")
     some_of(context, "--models", *MODELS)
@@ -539,7 +639,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     switch(context, "--compile", "train and write with compiled layers")
     switch(context, "--gradient-checkpointing", "recompute activations in the backward pass")
     switch(context, "--no-picture", "write no context.png, which needs matplotlib", off="picture")
-    for command in (train, context, scale):
+    for command in (train, context, scale, counting):
         switch(command, "--float32", "train without bfloat16 autocast", off="use_autocast")
         count(command, "--limit", 900, "give up a measurement after so many seconds")
         command.add_argument("--out", default="runs/benchmark", metavar="DIR", help="(%(default)s)")
@@ -555,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.choose_device()  # its error now, not from every process
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    commands = {"train": run_train, "context": run_context, "scale": run_scale}
+    commands = {"train": run_train, "context": run_context, "scale": run_scale, "count": run_count}
     tables = commands[options.command](options)
     with atomic_write(folder / f"{options.command}.md") as file:
         file.write(tables.encode())

@@ -14,6 +14,7 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   commands: RUNS                    a line for each run: how to make it again
   sample: GROUP                     what the first run of the group wrote
   search: search.jsonl              steps: train.json              context: context.json
+  counts: count.json                operations of a block and of a step
   parallel: scale.json              a step of one process and of several
   scaling: FLOPS BYTES SHARE        for a device: flop/s, bytes/s sent, share of the time to send
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
@@ -53,6 +54,7 @@ FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "search": (tables.search, "files"),
     "steps": (tables.steps_table, "file"),
     "context": (tables.context_table, "file"),
+    "counts": (tables.count_table, "file"),
     "parallel": (tables.parallel_table, "file"),
     "scaling": (tables.scaling, "numbers"),
     "curves": (pictures.draw_curves, "picture runs [timing]"),

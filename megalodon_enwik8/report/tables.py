@@ -381,6 +381,26 @@ def parallel_table(measured: dict[str, Any]) -> str:
     return "\n\n".join([*parts, table(head, lines), *given_up(rows)]) + "\n"
 
 
+def count_table(measured: dict[str, Any]) -> str:
+    """What `benchmark count` counted, count.json: a block, forward and backward, and a step."""
+    lines = []
+    for row in measured["rows"]:
+        cells = [row["model"].title()]
+        for part in ("forward", "backward", "step"):
+            found = row.get(part)
+            cells.append(f"{sum(found.values()):,}" if found else NONE)
+            if part != "step":
+                cells.append(str(found.get("dtype copy", 0)) if found else NONE)
+        kernels = (row.get(f"kernels_{part}") for part in ("forward", "backward"))
+        lines.append(cells + [str(sum(found.values())) if found else NONE for found in kernels])
+    copies, parts = "of them dtype copies", ("forward", "backward")
+    head = ["operations of", *(x for part in parts for x in (f"a block {part}", copies)), "a step"]
+    head += [f"kernels of a compiled block {part}" for part in parts]
+    torch = " and ".join(sorted({row["torch"] for row in measured["rows"] if "torch" in row}))
+    what = f"1 x {measured['seq_len']} bytes, {measured['dtype']}, PyTorch {torch or NONE}."
+    return "\n\n".join([what, table(head, lines), *given_up(measured["rows"])]) + "\n"
+
+
 # Tables of the cost model
 
 RELEASED = ("mega200m", "mega1_3b", "mega1_3b_pg19", "mega7_1b", "mega7_3b")

@@ -31,6 +31,8 @@ def fake(task: Task, limit: float, cache: str) -> dict[str, Any]:
         steps = {"step_seconds": 2.0, "step_seconds_least": 1.0, "tokens_per_second": 9.0}
         steps |= {"matrix_products_seconds": 1.0, "step_over_matrix_products": 2.0}
         return {"time": 0.5, "megalodon": steps, "llama": steps}
+    if task.kind == "count":
+        return {"forward": {"aten.mm.default": 2}, "peak_memory_bytes": 100, "torch": "2"}
     second = Path(cache).exists()
     Path(cache).mkdir(exist_ok=True)
     memory = {"peak_memory_bytes": 100, "device": "cpu", "torch": "2"}
@@ -42,7 +44,9 @@ def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """run_faked(*arguments, answer=fake): the JSON that a command leaves, in tmp_path; measuring,
     tables and pictures are faked."""
     report = "megalodon_enwik8.report"
-    tables = SimpleNamespace(steps_table=str, context_table=str, parallel_table=str)
+    tables = SimpleNamespace(
+        steps_table=str, context_table=str, parallel_table=str, count_table=str
+    )
     pictures = SimpleNamespace(
         check_can_draw=lambda path: None,
         draw_context=lambda measured, path: path.write_text("picture"),
@@ -191,6 +195,16 @@ def test_processes_share_the_step_of_the_protocol_or_one_sequence(run_faked: Any
     assert [config.sequences_per_step for config in configs] == [16, 1]
 
 
+def test_operations_are_counted_of_one_sequence_without_what_differs_each_time(
+    run_faked: Any,
+) -> None:
+    measured = run_faked("count", "--seq-len", 64, "--float32")
+    assert (measured["seq_len"], measured["dtype"]) == (64, "float32")
+    counted, failed = measured["rows"]
+    assert counted == {"model": "megalodon", "forward": {"aten.mm.default": 2}, "torch": "2"}
+    assert failed == {"model": "llama", "failed": "out of memory"}
+
+
 def test_each_context_is_a_row_a_failed_one_too(run_faked: Any, tmp_path: Path) -> None:
     measured = run_faked("context", "--contexts", 128, 64, "--positions", 1000)
     assert [(row["kind"], row["model"], row["context"]) for row in measured["rows"]] == [
@@ -207,7 +221,7 @@ def test_each_context_is_a_row_a_failed_one_too(run_faked: Any, tmp_path: Path) 
     assert (tmp_path / "context.png").read_text() == "picture"
 
 
-@pytest.mark.parametrize("command", ["train", "context", "scale"])
+@pytest.mark.parametrize("command", ["train", "context", "scale", "count"])
 @pytest.mark.parametrize(
     ("arguments", "dtype"), [([], "bfloat16 autocast"), (["--float32"], "float32")]
 )
@@ -218,7 +232,7 @@ def test_the_switch_sets_and_names_the_precision(
     answer = lambda task, *more: [tasks.append(task), fake(task, *more)][1]  # noqa: E731
     measured = run_faked(command, *arguments, answer=answer)
     assert {precision_name(task.use_autocast) for task in tasks} == {dtype}
-    assert command != "train" or measured["dtype"] == dtype
+    assert measured.get("dtype", dtype) == dtype
 
 
 @pytest.mark.parametrize("command", ["train", "context"])
@@ -245,6 +259,7 @@ def test_what_is_measured_survives_an_interruption(command: str, run_faked: Any)
         ("context --contexts 0", "argument --contexts: '0' is not a whole number >= 1"),
         ("scale --contexts 512 800", "chunk_parallel=2: seq_len=800 must be that many parts of wh"),
         ("scale --micro-batch 3", "--micro-batch 3: does not divide 16 sequences a step"),
+        ("count --seq-len 0", "argument --seq-len: '0' is not a whole number >= 1"),
         ("context --measure speed", "invalid choice: 'speed'"),
     ],
 )

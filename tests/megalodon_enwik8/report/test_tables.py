@@ -15,6 +15,7 @@ from megalodon_enwik8.report.tables import (
     commands,
     compare,
     context_table,
+    count_table,
     headline,
     parallel_table,
     runs,
@@ -221,3 +222,18 @@ def test_several_processes_stand_beside_one_as_far_as_they_can_share_a_step() ->
     assert row(text, "16 x 512") == ["16", *"–––––"]
     assert row(text, "1 x 16,384") == ["1", "2.000", "–", "–", "1.250", "0.80"]
     assert "- given up: 16, scale, 512: out of memory" in text
+
+
+def test_operations_are_added_up_with_their_dtype_copies_told() -> None:
+    parts = {
+        "forward": {"aten.mm.default": 7, "dtype copy": 3},
+        "backward": {"aten.mm.default": 14},
+    }
+    kernels = {"kernels_forward": {"cpp_fused_0": 3}, "kernels_backward": {"cpp_fused_1": 4}}
+    ours = {"model": "megalodon", **parts, "step": {"aten.mm.default": 1200}, **kernels}
+    rows = [{**ours, "torch": "2.13.0"}, {"model": "llama", "failed": "out of memory"}]
+    text = count_table({"seq_len": 512, "dtype": "float32", "rows": rows})
+    assert text.startswith("1 x 512 bytes, float32, PyTorch 2.13.0.\n")
+    assert row(text, "Megalodon") == ["10", "3", "14", "0", "1,200", "3", "4"]
+    assert row(text, "Llama") == ["–"] * 7
+    assert "- given up: llama: out of memory" in text
