@@ -17,7 +17,7 @@ from .time_parallel import TimeGroup
 class Layout:
     """What every block of one forward pass shares.
 
-    rotary: (L, 2, d/2) or (B, L, 2, d/2), cos and sin at each token's place in its chunk.
+    rotary: (L, 3, d/2) or (B, L, 3, d/2), cos, -sin and sin at each token's place in its chunk.
     offset: tokens of the current chunk that the cache holds; (B,) where one token is decoded.
     segments: padding and document borders, ``None`` for plain text.
     return_state: whether the states after the last token are wanted.

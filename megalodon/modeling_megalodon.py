@@ -28,9 +28,9 @@ from .modules import (
     MegalodonQueryKey,
     MegalodonRMSNorm,
     MegalodonTimestepNorm,
+    swiglu_linear,
 )
 from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table
-from .ops.elementwise import swiglu
 from .time_parallel import TimeGroup
 
 
@@ -66,8 +66,9 @@ class MegalodonBlock(GradientCheckpointingLayer):
         mx, cema_state = self.cema(x_tn, cema_state, layout)
         mx = self._dropout(self.rms_norm(mx), "hidden_dropout")
         a, attention_state = self._attention(x_tn, mx, attention_state, layout)
-        gated = self._dropout(swiglu(self.wr(mx), a), "hidden_dropout")
-        y = x + self._dropout(self.wh1(mx) + self.wh2(gated), "dropout")
+        dropout = self.config.hidden_dropout if self.training else 0.0
+        gated = swiglu_linear(self.wr(mx), a, self.wh2, dropout)
+        y = x + self._dropout(self.wh1(mx) + gated, "dropout")
         out = x + self._dropout(self.ffn(self.ffn_norm(y)), "dropout")
         if not layout.return_state:
             return out, None

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .configuration_megalodon import MegalodonConfig
@@ -159,10 +162,29 @@ class MegalodonQueryKey(Float32Module):
         heads = z.view(*z.shape[:2], 1, self.num_heads, -1)  # (B, L, 1, H, Z/H)
         wide = wide_dtype(z)
         normed = rms_norm(heads, None, self.eps, wide)
-        scale = ((self.gamma + 1) * heads.shape[-1] ** -0.5).view(2, self.num_heads, -1)
-        both = torch.addcmul(self.beta.view_as(scale), normed, scale)
+        scale = (self.gamma + 1).view(2, self.num_heads, -1)
+        beta = self.beta.view_as(scale)
+        both = torch.addcmul(beta, normed, scale, value=heads.shape[-1] ** -0.5)
         q, k = apply_rotary(both, rotary.unsqueeze(-3)).to(z.dtype).unbind(2)
         return q, k
+
+
+def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float) -> Tensor:
+    """linear(swiglu(gate, value)), with dropout between the two.
+
+    Compiled, it keeps gate and value for the backward, and the product is computed again there, as
+    the compiler would not do by itself.
+    """
+
+    def product(gate: Tensor, value: Tensor) -> Tensor:
+        hidden = swiglu(gate, value)
+        y: Tensor = linear(F.dropout(hidden, dropout) if dropout else hidden)
+        return y
+
+    if dropout or not is_dynamo_compiling():  # a mask would not be drawn a second time
+        return product(gate, value)
+    again: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    return cast(Tensor, checkpoint(product, gate, value, **again))
 
 
 class MegalodonFFN(nn.Module):
@@ -178,6 +200,10 @@ class MegalodonFFN(nn.Module):
         self.alpha = nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.w1(x)) if self.w3 is None else swiglu(self.w1(x), self.w3(x))
-        y = self.w2(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
+        dropout = self.dropout if self.training else 0.0
+        if self.w3 is None:
+            hidden = F.silu(self.w1(x))
+            y = self.w2(F.dropout(hidden, dropout) if dropout else hidden)
+        else:
+            y = swiglu_linear(self.w1(x), self.w3(x), self.w2, dropout)
         return y if self.alpha is None else y * self.alpha

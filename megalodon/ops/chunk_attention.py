@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .precision import without_autocast
 from .segments import Segments, gather_slots, scatter_slots
@@ -34,23 +35,32 @@ class AttentionState(NamedTuple):
 def rotary_table(
     chunk_size: int, head_dim: int, base: float, device: torch.device | str | None = None
 ) -> Tensor:
-    """cos and sin of the angles at each position of a chunk: (C, 2, head_dim / 2), float32.
+    """cos, -sin and sin of the angles at each position of a chunk: (C, 3, head_dim / 2), float32.
 
     Su et al. 2021 (arXiv 2104.09864): position m turns pair i by m base^(-2i/d). The angles are
     taken in float64, since a position of a few thousand costs a float32 angle four digits.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angle = torch.outer(torch.arange(chunk_size, dtype=torch.float64), base**-exponent)
-    return torch.stack([angle.cos(), angle.sin()], dim=1).to(device, torch.float32)
+    table = torch.stack([angle.cos(), -angle.sin(), angle.sin()], dim=1)
+    return table.to(device, torch.float32)
+
+
+def apply_rotary_reference(x: Tensor, rotary: Tensor) -> Tensor:
+    """The definition, pair by pair. Arguments as :func:`apply_rotary`."""
+    cos, _, sin = rotary.to(x.dtype).unsqueeze(-3).unbind(-2)  # (..., L, 1, d/2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + d/2}) of x (B, L, ..., H, d) by rotary (L, ..., 2, d/2), which
+    """Turn the pairs (x_i, x_{i + d/2}) of x (B, L, ..., H, d) by rotary (L, ..., 3, d/2), which
     may begin with B."""
-    cos, sin = rotary.unsqueeze(-3).unbind(-2)  # (..., L, 1, d/2)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    if is_compiling():  # whose loops over the definition are twice as fast
+        return apply_rotary_reference(x, rotary)
+    cos, sin = rotary.to(x.dtype).unsqueeze(-3).split([1, 2], dim=-2)  # of each half of a head
+    halves = x.unflatten(-1, (2, -1))
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)
 
 
 def chunk_attention_reference(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:

@@ -268,9 +268,12 @@ def _normalise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output (B, L, D), and the mean and 1 / sqrt(V + eps) that it was made with."""
     dtype = groups.dtype
-    mean, rstd = mean.to(dtype), (var + eps).rsqrt().to(dtype)
-    normed = (groups - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    y = torch.addcmul(bias.to(dtype), normed.flatten(-2), (weight + 1).to(dtype))
+    mean, rstd = mean.to(dtype), (var.to(dtype) + eps).rsqrt()
+    # By another view than the statistics have: else a compiler would keep groups - mean as well.
+    rows, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, mean, rstd))
+    normed = (rows - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
+    normed = normed.view(*groups.shape[:2], -1)
+    y = torch.addcmul(bias.to(dtype), normed, (weight + 1).to(dtype))
     return y.to(y_dtype), mean, rstd
 
 

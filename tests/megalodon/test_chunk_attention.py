@@ -6,6 +6,7 @@ from megalodon.ops import chunk_attention as module
 from megalodon.ops.chunk_attention import (
     AttentionState,
     apply_rotary,
+    apply_rotary_reference,
     chunk_attention,
     chunk_attention_reference,
     rotary_table,
@@ -92,6 +93,16 @@ def test_attention_dropout_keeps_the_mean() -> None:
         dropped, _ = chunk_attention(q, k, v, C, dropout=0.5, fused=fused)
         assert not torch.allclose(dropped, expected)
         torch.testing.assert_close(dropped.mean(0), expected.mean(0), rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rotary_embedding_equals_its_reference(dtype: torch.dtype) -> None:
+    x, table = torch.randn(2, 5, 2, 3, 8, dtype=dtype), rotary_table(5, 8, 10_000.0).unsqueeze(1)
+
+    def run(operation):  # type: ignore[no-untyped-def]
+        return lambda x: operation(x, table)
+
+    assert_same(run(apply_rotary), run(apply_rotary_reference), [x], 1e-6)
 
 
 def test_scores_depend_on_distance_only() -> None:
