@@ -151,7 +151,7 @@ def literal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         modules,
         "timestep_norm",
-        lambda x, weight, bias, groups, eps, state, segments, dtype: timestep_norm_reference(
+        lambda x, weight, bias, groups, eps, state, segments, dtype, **_: timestep_norm_reference(
             x, weight, bias, groups, eps, state
         ),
     )
