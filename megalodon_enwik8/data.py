@@ -350,4 +350,5 @@ def _starts(part: Bytes, seq_len: int) -> int:
 
 def windows_at(text: Bytes, starts: list[int], seq_len: int) -> torch.Tensor:
     """The windows of a text that begin there: int64, (len(starts), seq_len + 1)."""
-    return torch.from_numpy(np.stack([text[i : i + seq_len + 1] for i in starts]).astype(np.int64))
+    windows = np.array([text[i : i + seq_len + 1] for i in starts], dtype=np.int64)
+    return torch.from_numpy(windows.reshape(len(starts), seq_len + 1))
