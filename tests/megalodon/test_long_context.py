@@ -158,7 +158,7 @@ def literal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         modules,
         "cema",
-        lambda x, c, state, segments, return_state: cema_reference(x, c, state),
+        lambda x, c, state, segments, **_: cema_reference(x, c, state),
     )
 
 
