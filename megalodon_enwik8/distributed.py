@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -16,8 +17,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -186,7 +189,10 @@ def join(device: torch.device, chunk_parallel: int = 1) -> Iterator[World]:
                 raise UserError(f"torchrun: a process needs a GPU: --nproc_per_node={there} here")
             torch.cuda.set_device(place)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
+        limit = timedelta(seconds=HANG_S)
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        store = PrefixStore(_meet(store, rank, size), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         with ExitStack() as stack:
@@ -199,8 +205,32 @@ def join(device: torch.device, chunk_parallel: int = 1) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _meet(store: Store, rank: int, size: int) -> str:
+    """A name that the processes now here have in common, and none before a restart had.
+
+    torchrun keeps its store over restarts, with the addresses of the lost, and each machine counts
+    its own restarts alone. So everybody draws a number that nobody had before, and the first
+    process, whose number is the name, tells it to the numbers drawn until all others have it.
+    """
+    number = store.add("drawn", 1)
+    if rank:
+        name: str = store.get(f"{number} is with").decode()
+        store.add(f"{name} has with it", 1)
+        return name
+    told, deadline = 0, time.monotonic() + HANG_S
+    while store.add(f"{number} has with it", 0) < size - 1:
+        if time.monotonic() > deadline:
+            raise DistStoreError("a process has not come")
+        drawn = store.add("drawn", 0)
+        for other in range(told + 1, drawn + 1):
+            store.set(f"{other} is with", str(number))
+        told = drawn
+        time.sleep(0.01)
+    return str(number)
+
+
 def restarted() -> bool:
-    """Whether torchrun has started the run anew, since a process was lost."""
+    """Whether torchrun has started the run anew, since a process of this machine was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 

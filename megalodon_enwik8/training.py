@@ -68,7 +68,7 @@ def train(
     check_tracker(config.tracker)
     with join(device, config.chunk_parallel) as world:
         world.check(config)
-        if restarted():
+        if world.largest(restarted()):
             resume, overwrite = NEWEST, False
         here = Path(config.run_dir).resolve()
         goes_on_here = resume is not None and (

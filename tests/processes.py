@@ -13,11 +13,11 @@ def torchrun(
     count: int,
     script: str | Path,
     *arguments: object,
-    options: Sequence[str] = (),
+    options: Sequence[str] = ("--standalone",),
     cwd: Path = ROOT,
 ) -> subprocess.Popen[str]:
     """`count` processes with a thread each, on the CPU; stdout and stderr come together."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run"]
     command += [f"--nproc_per_node={count}", *options, str(script), *map(str, arguments)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

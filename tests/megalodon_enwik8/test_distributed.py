@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megalodon_enwik8 import distributed
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import load_config
 from megalodon_enwik8.distributed import join
@@ -62,10 +67,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def launch(folder: Path, count: int, *arguments: object, options: Any = ()) -> Any:
-    script = ROOT / "train.py"
-    command = ("--config", "tiny.yaml", *arguments)
-    return torchrun(count, script, *command, options=options, cwd=folder)
+def launch(folder: Path, count: int, *arguments: object) -> Any:
+    return torchrun(count, ROOT / "train.py", "--config", "tiny.yaml", *arguments, cwd=folder)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -237,16 +240,67 @@ def test_the_loss_of_a_process_ends_all_and_one_alone_goes_on(folder: Path) -> N
     assert_same_run(run, folder / "one")
 
 
+# One process is lost in a step; once restarted, one is last to come, as chance has it.
+ONE_IS_LOST = """
+import os, signal, sys, time
+from pathlib import Path
+from megalodon_enwik8 import config, training
+rank, lost, last = map(int, [os.environ["RANK"], *sys.argv[1:3]])
+step, mark = training.Trainer.train_one_step, Path("lost")
+def step_or_die(self):
+    if self.step == 7 and rank == lost and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+training.Trainer.train_one_step = step_or_die
+if mark.exists() and rank == last:
+    time.sleep(3)
+sys.exit(training.train(config.load_config("tiny.yaml", ["run_dir=run", *sys.argv[3:]])))
+"""
+
+
 @pytest.mark.slow
-def test_a_restarted_run_goes_on_by_itself(folder: Path) -> None:
-    launcher = launch(folder, 2, "run_dir=run", *LONG, options=["--max-restarts=1"])
-    lose_one(launcher, folder / "run")
-    code, said = outcome(launcher)
-    assert code == 0, said
+@pytest.mark.parametrize(("machines", "lost", "last"), [(1, 1, 0), (1, 1, 1), (2, 0, 1), (2, 1, 0)])
+def test_a_restarted_run_goes_on_by_itself(
+    machines: int, lost: int, last: int, folder: Path
+) -> None:
+    """On two machines too, of which each knows its own restarts alone."""
+    short = ("num_batches=10", *LONG[1:])
+    (folder / "one_is_lost.py").write_text(ONE_IS_LOST)
+    options = ["--standalone", "--max-restarts=1"]
+    if machines > 1:
+        with socket.create_server(("localhost", 0)) as server:
+            endpoint = f"localhost:{server.getsockname()[1]}"
+        options[:1] = [f"--nnodes={machines}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    command = (2 // machines, "one_is_lost.py", lost, last, *short)
+    launchers = [torchrun(*command, options=options, cwd=folder) for _ in range(machines)]
+    for code, said in map(outcome, launchers):
+        assert code == 0, said
     sessions = json.loads((folder / "run" / "environment.json").read_text())["sessions"]
-    assert [session["processes"] for session in sessions] == [2, 2]
-    assert train(load_config("tiny.yaml", ["run_dir=one", *LONG])) == 0
+    assert [(each["from_step"], each["processes"]) for each in sessions] == [(0, 2), (5, 2)]
+    assert train(load_config("tiny.yaml", ["run_dir=one", *short])) == 0
     assert_same_run(folder / "run", folder / "one")
+
+
+def test_processes_meet_apart_from_those_lost_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was lost, at whatever moment, and whoever of the others comes last."""
+    store = dist.HashStore()
+    names: list[str] = []
+    for here in ([0, 1, 2], [2, 1, 0], [1], [0], [1, 0, 2], [2, 1], [0, 2], [2, 0, 1]):
+        wait = 60.0 if len(here) == 3 else 0.2
+        monkeypatch.setattr(distributed, "HANG_S", wait)
+        store.set_timeout(timedelta(seconds=wait))
+        meetings = []
+        with ThreadPoolExecutor() as pool:
+            for rank in here:
+                meetings.append(pool.submit(distributed._meet, store, rank, 3))
+                time.sleep(0.05)
+        if len(here) == 3:
+            (name,) = {meeting.result() for meeting in meetings}
+            names.append(name)
+        else:
+            assert any(isinstance(meeting.exception(), dist.DistStoreError) for meeting in meetings)
+    assert len(set(names)) == len(names) == 4
 
 
 @pytest.mark.slow
