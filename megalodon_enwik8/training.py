@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import platform
@@ -524,8 +525,12 @@ def _due(step: int, interval: int) -> bool:
 
 def _say(bar: tqdm[NoReturn], text: str) -> None:
     """Print above the bar, at once: a log file may be all that is left of a killed run."""
-    bar.write(text)
-    sys.stdout.flush()
+    try:
+        bar.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO:  # a terminal closed: its signal is heard where all is saved
+            raise
 
 
 def _progress_text(row: Row) -> str:

@@ -227,6 +227,24 @@ def test_a_closed_terminal_saves(make_tiny: Any, tmp_path: Path) -> None:
     assert load_checkpoint(checkpoint).step == len(read_metrics(folder.path / "metrics.jsonl"))
 
 
+def test_a_terminal_that_closes_before_a_line_ends_nothing(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, end = os.openpty()
+    evaluate, open_ends = training.evaluate, [terminal]
+
+    def close(*arguments: Any, **keywords: Any) -> Any:
+        while open_ends:
+            os.close(open_ends.pop())
+        return evaluate(*arguments, **keywords)
+
+    with open(end, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(training, "evaluate", close)
+        assert train(make_tiny("llama")) == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), end)  # what is unwritten must go somewhere
+
+
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize("phase", ["evaluate", "generate_bytes"])
 @pytest.mark.parametrize("call", [0, 1])
