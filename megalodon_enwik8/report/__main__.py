@@ -9,7 +9,7 @@ of its own, the program puts a table or, drawn to an SVG file, a picture. Runs a
 from the page's folder, several with spaces between; a GROUP is of runs that differ in their seed.
 
   compare: GROUP | GROUP            two groups, at the end and at every validation
-  headline: GROUP | GROUP | TITLE | GROUP | GROUP    five rows; the second pair is under TITLE
+  headline: TITLE | GROUP | GROUP | ...    a row for each title and two groups
   runs: RUNS                        a line for each group
   commands: RUNS                    a line for each run: how to make it again
   sample: GROUP                     what the first run of the group wrote
@@ -20,8 +20,9 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
   recall: SVG | recall.json
 
-With | train.json at their end, compare, headline and curves take seconds and memory from what
-`benchmark train` measured: they show no seconds in which the machine did something else as well.
+With | train.json at their end, compare and curves take seconds and memory from what `benchmark
+train` measured; without it pages show no seconds, for those of a run's own clock have in them what
+else the machine did.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalodon_enwik8.report import pictures, tables
-from megalodon_enwik8.report.runs import find_groups, match, one_group
+from megalodon_enwik8.report.runs import find_groups, match, one_group, untimed
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ MARKER = re.compile(r"<!-- (?:/(?P<end>[a-z]+)|(?P<word>[a-z]+): (?P<arguments>.
 # function takes the others and returns the figure.
 FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "compare": (tables.compare, "group group [timing]"),
-    "headline": (tables.headline, "group group title group group [timing]"),
+    "headline": (tables.headline, "title group group ..."),
     "runs": (tables.runs, "runs"),
     "commands": (tables.commands, "runs"),
     "sample": (tables.sample, "group"),
@@ -68,8 +69,10 @@ def read_argument(kind: str, text: str, root: Path) -> Any:
     """An argument of a marker: text, groups, or what JSON files (or the lines of a .jsonl) hold."""
     if kind in ("title", "numbers"):
         return text
-    if kind in ("group", "runs"):
-        return (one_group if kind == "group" else find_groups)(text.split(), root)
+    if kind == "group":
+        return untimed([one_group(text.split(), root)])[0]
+    if kind == "runs":
+        return untimed(find_groups(text.split(), root))
     found: list[Any] = []
     for path in (root / name for pattern in text.split() for name in match(pattern, root)):
         content = path.read_text(encoding="utf-8", errors="replace")
@@ -87,6 +90,8 @@ def make(word: str, texts: list[str], root: Path, drawn: dict[Path, Figure]) -> 
     if word not in FILLERS:
         raise UserError(f"no such marker; there are {', '.join(FILLERS)}")
     function, kinds = FILLERS[word][0], FILLERS[word][1].split()
+    if kinds[-1] == "...":
+        kinds = kinds[:-1] * max(1, len(texts) // len(kinds[:-1]))
     if len(texts) not in (len(kinds), len(kinds) - (kinds[-1] == "[timing]")):
         raise UserError(f"takes {' | '.join(kinds)}, not {len(texts)} of those")
     named = list(zip(kinds, texts, strict=False))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalodon_enwik8.report.runs import Group, bpc, group_names, timed, timing_differences
+from megalodon_enwik8.report.runs import Group, bpc, group_names, seconds_compare, timed
 from megalodon_enwik8.report.tables import MODELS, common_steps
 from megalodon_enwik8.safety import UserError, atomic_write
 
@@ -74,7 +74,7 @@ def draw_curves(groups: Sequence[Group], timing: dict[str, Any] | None = None) -
     groups = timed(groups, timing) if timing else groups
     names = group_names(groups)
     panels = {"step": "steps", "seconds": "seconds of training"}
-    if timing_differences(groups):
+    if not seconds_compare(groups):
         del panels["seconds"]
     figure, all_axes = new_figure(1, len(panels), 3.8)
     figure.set_label(f"BPC of {' and '.join(names)} against {' and '.join(panels.values())}")
@@ -142,9 +142,9 @@ def draw_distances(results: Sequence[Mapping[str, Any]]) -> Figure:
     figure.set_label("BPC by how many bytes were seen before")
     for result, color in zip(results, itertools.cycle(COLORS), strict=False):
         x, y = zip(*((row["to"], row["bpc"]) for row in result["by_distance"]), strict=True)
-        facts = {"seed": result["trained_at"]["seed"], **result["reading"]}
-        reading = ", ".join(f"{key} {value}" for key, value in facts.items())
-        label = f"{result['model'].title()}, {reading}: {result['bpc']:.3f} BPC"
+        run = Path(result["checkpoint"]).parent.name
+        reading = ", ".join(f"{key} {value}" for key, value in result["reading"].items())
+        label = f"{run}, {reading}: {result['bpc']:.3f} BPC"
         axes.plot(x, y, color=color, marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="bytes seen before, up to", ylabel="BPC")

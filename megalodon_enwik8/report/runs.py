@@ -216,6 +216,18 @@ def _conditions(run: Run) -> list[dict[str, str]]:
     ]
 
 
+def untimed(groups: Iterable[Group]) -> list[Group]:
+    """The groups without the seconds of their own clocks."""
+    return [tuple(replace(run, step_seconds=math.nan) for run in group) for group in groups]
+
+
+def seconds_compare(groups: Iterable[Group]) -> bool:
+    """Whether the groups have seconds, and those depend on nothing but the runs."""
+    groups = list(groups)
+    known = all(math.isfinite(run.step_seconds) for group in groups for run in group)
+    return known and not timing_differences(groups)
+
+
 def timed(groups: Iterable[Group], measured: dict[str, Any]) -> list[Group]:
     """The groups with seconds and memory as `benchmark train` measured them, train.json, in place
     of each run's own, which have in them what else the machine did."""

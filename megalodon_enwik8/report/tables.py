@@ -16,6 +16,7 @@ from megalodon_enwik8.report.runs import (
     check_comparable,
     differing_keys,
     group_names,
+    seconds_compare,
     timed,
     timing_differences,
 )
@@ -68,8 +69,9 @@ def figures(groups: Sequence[Group]) -> dict[str, tuple[Figure, int]]:
     }
     if len({group[0].steps for group in groups}) == 1:
         found["BPC of the whole split"] = (attrgetter("full_val_bpc"), 4)
-    if not timing_differences(groups):
+    if seconds_compare(groups):
         found["a step, s"] = (attrgetter("step_seconds"), 3)
+    if not timing_differences(groups):
         found["peak memory, MB"] = (attrgetter("peak_megabytes"), 0)
     return found
 
@@ -152,11 +154,11 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
     names = group_names(pair)
     head = [*names, "difference", "95 % interval", "relative"]
     rows = [row(title, *pair, *figure) for title, figure in figures(pair).items()]
-    if not note(pair):
+    if seconds_compare(pair):
         seconds = shortest(pair)
         title = f"BPC after {seconds:,.0f} s of training"
         rows.append(row(title, *pair, bpc_after(seconds), 4))
-    for unit in ("steps",) if note(pair) else ("steps", "seconds"):
+    for unit in ("steps", "seconds") if seconds_compare(pair) else ("steps",):
         reached = [_reach(unit, *pair), _reach(unit, *reversed(pair))]
         rows.append([f"{unit} to the other's final loss", *reached, NONE, NONE, NONE])
     each = [
@@ -176,32 +178,16 @@ def _reach(unit: str, ours: Group, theirs: Group) -> str:
     return f"not reached by {missing} of {len(found)}" if missing else spread(reached, 0)
 
 
-def headline(
-    ours: Group,
-    theirs: Group,
-    title: str,
-    our_best: Group,
-    their_best: Group,
-    timing: dict[str, Any] | None = None,
-) -> str:
-    """Five rows: two groups at the same settings, and in the third row two at settings of their
-    own, under a title that says what those are."""
-    ours, theirs = timed([ours, theirs], timing) if timing else (ours, theirs)
-    check_comparable([ours, our_best])
-    pair, best = pair_up(ours, theirs), pair_up(our_best, their_best)
-    if note(pair):
-        raise UserError(*note(pair))
-    step, seconds, shown = common_steps(pair)[-1], shortest(pair), figures(pair)
-    times, memory = (row(key, *pair, *shown[key]) for key in ("a step, s", "peak memory, MB"))
-    lines = [
-        row("parameters", *pair, *shown["parameters"]),
-        row(f"BPC after {step:,} steps, same settings", *pair, bpc_at(step), 4),
-        row(title, *best, bpc_at(common_steps(best)[-1]), 4),
-        row(f"BPC after {seconds:,.0f} s, same settings", *pair, bpc_after(seconds), 4),
-        [f"{a}; {b}" for a, b in zip(times, memory, strict=True)],
-    ]
-    head = [f"seeds {seeds(pair[0])}", *group_names(pair), "difference", "95 % interval"]
-    return table(head, [cells[:-1] for cells in lines])
+def headline(*arguments: Any) -> str:
+    """A row for each title, group and group: their BPC at the end of what all of the two did."""
+    titles, ours, theirs = arguments[::3], arguments[1::3], arguments[2::3]
+    rows = []
+    for title, pair in zip(titles, map(pair_up, ours, theirs), strict=True):
+        check_comparable(pair)
+        a, b, *gap = row(title, *pair, bpc_at(common_steps(pair)[-1]), 4)[1:]
+        rows.append([title, seeds(pair[0]), a, b, *gap])
+    names = [ours[0][0].model, theirs[0][0].model]
+    return table(["BPC", "seeds", *names, "difference", "95 % interval", "relative"], rows)
 
 
 def runs(groups: Sequence[Group]) -> str:
@@ -228,15 +214,15 @@ def runs(groups: Sequence[Group]) -> str:
 
 
 def commands(groups: Iterable[Group]) -> str:
-    """A line for each run: how to make it again, how long that takes, and what made it."""
+    """A line for each run: how to make it again, and what made it."""
     rows = []
     for run in (run for group in groups for run in group):
         folder = Path("runs", "again", *run.path.parts[-2:])
         again = f"--config {run.path / 'config.yaml'} run_dir={folder}"
-        seconds = f"{run.steps * run.step_seconds:,.0f}"
-        commits = ", ".join(str(s.get("commit"))[:12] for s in run.environment["sessions"])
-        rows.append([f"`python train.py {again}`", f"{run.steps:,}", seconds, commits])
-    return table(["command", "steps", "seconds, by the median step", "made by commit"], rows)
+        sessions = run.environment["sessions"]
+        made = [", ".join(str(s.get(key))[:12] for s in sessions) for key in ("commit", "torch")]
+        rows.append([f"`python train.py {again}`", f"{run.steps:,}", *made])
+    return table(["command", "steps", "made by commit", "PyTorch"], rows)
 
 
 def sample(group: Group) -> str:

@@ -99,8 +99,6 @@ def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path
     assert row(text, "peak memory, MB")[:3] == ["2,000", "1,000", "+1,000"]
     # 11 s and 399 steps of 1 s; the other is after step 267 by then: 3 - 1.53 * 267 / 400 nats.
     assert row(text, "BPC after 410 s of training")[1] == "2.8547 ± 0.0347"
-    best = headline(*pair, "title", *pair, timing())
-    assert row(best, "a step, s; peak memory, MB")[0] == "1.000; 2,000"
     assert draw_curves(pair, timing()).axes[1].get_lines()[0].get_xdata()[-1] == 410
 
 
@@ -124,17 +122,17 @@ def test_seconds_and_memory_of_unlike_runs_are_left_out(tmp_path: Path) -> None:
         assert "MB" not in text
 
 
-def test_the_headline_has_five_rows_with_both_models(folder: Path, tmp_path: Path) -> None:
-    make_group(tmp_path / "best", "megalodon", {7: 1.0}, learning_rate=1e-3)
-    make_group(tmp_path / "best", "llama", {7: 1.2}, learning_rate=2e-3)
-    best = (one_group([f"best/{model}*"], tmp_path) for model in ("megalodon", "llama"))
-    pair = (one_group([f"{model}*"], folder) for model in ("megalodon", "llama"))
-    text = headline(*pair, "BPC, each at its best", *best)
-    assert len(text.splitlines()) == 2 + 5
-    assert row(text, "BPC after 400 steps, same settings")[0] == "2.0342 ± 0.0144"
-    assert row(text, "BPC, each at its best") == ["1.4427", "1.7312", "−0.2885", "–"]
-    assert row(text, "BPC after 800 s, same settings")[1] == "3.2244 ± 0.0260"
-    assert row(text, "a step, s; peak memory, MB")[:3] == ["2.000; 300", "4.000; 300", "−2.000; 0"]
+def test_the_headline_has_a_row_for_each_pair_of_groups(folder: Path, tmp_path: Path) -> None:
+    make_group(tmp_path / "best", "megalodon", {7: 1.0}, learning_rate=1e-3, sha256="b" * 64)
+    make_group(tmp_path / "best", "llama", {7: 1.2}, learning_rate=2e-3, sha256="b" * 64)
+    best = [one_group([f"best/{model}*"], tmp_path) for model in ("megalodon", "llama")]
+    pair = [one_group([f"{model}*"], folder) for model in ("megalodon", "llama")]
+    text = headline("as published", *pair, "another text", *best)
+    assert len(text.splitlines()) == 2 + 2
+    assert row(text, "as published")[:2] == ["7, 8, 9", "2.0342 ± 0.0144"]
+    assert row(text, "another text") == ["7", "1.4427", "1.7312", "−0.2885", "–", "−16.67 %"]
+    with pytest.raises(UserError, match="cannot stand in one table: text is sample"):
+        headline("two texts", pair[0], best[1])
 
 
 def test_a_table_of_anything_tells_what_differs(folder: Path) -> None:
@@ -164,7 +162,7 @@ def test_one_run_of_anything_makes_a_table_and_a_picture(
 def test_a_run_is_made_again_by_its_line(folder: Path) -> None:
     text = commands(find_groups(["runs/llama_7"], folder.parent))
     again = "--config runs/llama_7/config.yaml run_dir=runs/again/runs/llama_7"
-    assert row(text, f"`python train.py {again}`") == ["400", "1,600", "c" * 12]
+    assert row(text, f"`python train.py {again}`") == ["400", "c" * 12, "2.13.0"]
 
 
 def test_a_sample_stays_within_its_fence(folder: Path) -> None:
