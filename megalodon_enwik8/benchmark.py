@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -50,6 +50,11 @@ MODELS = ("megalodon", "llama")
 STEP_BYTES = 16 * 512  # in a step of `train`, as the protocol has it
 CONTEXTS = [512 * 2**i for i in range(9)]  # 512 ... 131,072
 PROCESSES = 2  # of `scale`
+COMPILE: dict[str, bool | Literal["graphs"]] = {
+    "eager": False,
+    "compiled": True,
+    "graphs": "graphs",
+}
 
 # A Megalodon reads a prompt so many tokens at a time, which bounds its memory.
 PREFILL_PIECE = 65_536
@@ -82,7 +87,7 @@ class Task:
     chunk_size: int | None = None  # None: the comparison's
     new_tokens: int = 0
     use_autocast: bool = True
-    compile: bool = False
+    compile: bool | Literal["graphs"] = False
     gradient_checkpointing: bool = False
     chunk_parallel: int | None = None
 
@@ -385,7 +390,7 @@ def _matrix_products(model: nn.Module, config: ExperimentConfig) -> Step:
 def _repeat(function: Step, task: Task, device: torch.device) -> list[float]:
     """Seconds of each call; where the first one compiles, there is a second in any case."""
     times: list[float] = []
-    least = 1 + task.compile
+    least = 1 + bool(task.compile)
     while len(times) < least or (len(times) <= task.repetitions and sum(times) < task.seconds):
         times.append(_seconds(function, device))
     return times
@@ -451,8 +456,9 @@ def run_train(options: argparse.Namespace) -> str:
                 tokens=STEP_BYTES,
                 repetitions=options.steps,
                 use_autocast=options.use_autocast,
-                compile=mode == "compiled",
+                compile=COMPILE[mode],
             )
+            turns.config("megalodon")  # its error now
             starts = [replace(turns, kind="train", model=name, repetitions=1) for name in MODELS]
             tasks += [turns, *starts, *(starts if turns.compile else [])]
     run(options, tasks, measured, record_step)
@@ -466,7 +472,8 @@ def check_divides(option: str, size: int, sequences: int) -> None:
 
 def record_step(measured: Figures, task: Task, figures: Figures) -> None:
     """Two rows and a ratio for steps by turns, to which each model's own starts are added."""
-    key = {"mode": "compiled" if task.compile else "eager", "micro_batch": task.micro_batch}
+    mode = next(mode for mode, how in COMPILE.items() if how == task.compile)
+    key = {"mode": mode, "micro_batch": task.micro_batch}
     if task.kind == "turns":
         for name in MODELS:
             measured["rows"].append({"model": name, **key, **figures.get(name, figures)})
@@ -601,8 +608,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         more |= {"type": whole_number(1), "default": default, "help": f"{text} (%(default)s)"}
         command.add_argument(name, metavar="N", **more)
 
-    def some_of(command: argparse.ArgumentParser, name: str, *names: str) -> None:
-        command.add_argument(name, nargs="+", choices=names, default=names, help="(all)")
+    def some_of(command: argparse.ArgumentParser, name: str, *names: str, but: str = "") -> None:
+        default = [each for each in names if each != but]
+        text = f"(all but {but})" if but else "(all)"
+        command.add_argument(name, nargs="+", choices=names, default=default, help=text)
 
     def switch(
         command: argparse.ArgumentParser, name: str, text: str, off: str | None = None
@@ -616,7 +625,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     count(counting, "--seq-len", 512, "bytes in the one sequence of a step")
     for command in (train, counting):
         count(command, "--chunk-size", 256, "of the Megalodon's attention")
-    some_of(train, "--modes", "eager", "compiled")
+    some_of(train, "--modes", *COMPILE, but="graphs")
     some_of(context, "--measure", "train", "decode")
     some_of(context, "--models", *MODELS)
     count(context, "--contexts", CONTEXTS, "lengths in bytes")

@@ -133,7 +133,7 @@ class ExperimentConfig(BaseModel):
     # Execution
     # bfloat16; auto: where the device has instructions for it, and float32 elsewhere
     use_autocast: Literal[True, False, "auto"] = True
-    compile: Literal[True, False, "auto"] = "auto"
+    compile: Literal[True, False, "auto", "graphs"] = "auto"  # graphs: and replay CUDA graphs
     gradient_checkpointing: bool = False
     shard: bool = False  # torchrun: weights, gradients and moments are spread over the processes
     chunk_parallel: Count = 1  # torchrun: so many processes share each sequence along time
@@ -179,6 +179,11 @@ class ExperimentConfig(BaseModel):
             raise ValueError(
                 f"chunk_parallel={self.chunk_parallel}: seq_len={self.seq_len} must be that many "
                 f"parts of whole chunks of chunk_size={self.chunk_size}"
+            )
+        if self.compile == "graphs" and (self.grad_accum_every > 1 or self.gradient_checkpointing):
+            raise ValueError(
+                "compile=graphs: replays what ran before, one micro-batch a step: set "
+                "grad_accum_every: 1 and gradient_checkpointing: false, or compile: true"
             )
         if self.min_lr and not (self.schedule == "cosine" and self.min_lr <= self.learning_rate):
             raise ValueError(

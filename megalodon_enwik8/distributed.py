@@ -86,6 +86,8 @@ class World:
             )
         if config.shard and self.size == 1:
             raise UserError("shard=true: has nobody to share with; start it with torchrun")
+        if config.compile == "graphs" and self.size > 1:
+            raise UserError("compile=graphs: is for one process; set compile: true")
 
     def rows(self, sequences: int) -> range:
         """This process's sequences, of those of a step."""

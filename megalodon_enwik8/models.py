@@ -264,8 +264,11 @@ def compile_layers(model: PreTrainedModel, config: ExperimentConfig) -> str:
     """
     device = next(model.parameters()).device
     missing = _missing_for_compile(device)
-    if config.compile is True and missing:
-        raise UserError(f"compile=true: {missing}; or set compile: false")
+    if config.compile in (True, "graphs") and missing:
+        raise UserError(f"compile={str(config.compile).lower()}: {missing}; or set compile: false")
+    graphs = config.compile == "graphs"
+    if graphs and device.type != "cuda":
+        raise UserError(f"compile=graphs: {device.type} has no CUDA graphs; set compile: true")
     wanted, why = config.compile, "as configured"
     if wanted == "auto":
         flops = 6.0 * count_parameters(model) * config.tokens_per_step * config.num_batches
@@ -275,8 +278,8 @@ def compile_layers(model: PreTrainedModel, config: ExperimentConfig) -> str:
         why = f"auto: {missing or f'{config.num_batches} steps of this size {verb} it back'}"
     if wanted:
         for layer in decoder_layers(model):
-            layer.compile(dynamic=False)
-    return f"{'on' if wanted else 'off'} ({why})"
+            layer.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+    return f"{'graphs' if graphs else 'on' if wanted else 'off'} ({why})"
 
 
 def _missing_for_compile(device: torch.device) -> str | None:

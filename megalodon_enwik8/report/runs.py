@@ -236,7 +236,8 @@ def timed(groups: Iterable[Group], measured: dict[str, Any]) -> list[Group]:
 
 def _time(run: Run, measured: dict[str, Any]) -> Run:
     """Raises UserError for a run whose kind of step the benchmark has not measured."""
-    modes = {"compiled" if c["compilation"] == "on" else "eager" for c in _conditions(run)}
+    names = {"on": "compiled", "graphs": "graphs"}
+    modes = {names.get(each["compilation"], "eager") for each in _conditions(run)}
     config = run.config
     kind = {"mode": " and ".join(sorted(modes)), "micro_batch": config["batch_size"]}
     shared = {"seq_len": config["seq_len"], "bytes_a_step": run.bytes_a_step}

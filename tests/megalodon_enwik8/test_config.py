@@ -112,7 +112,8 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("data_path: 8", "Input should be a valid string"),
         ("num_tokens: 255", "x.yaml: num_tokens=255: Input should be greater than or equal to 256"),
         ("use_autocast: float16", "use_autocast=float16: Input should be True, False or 'auto'"),
-        ("compile: maybe", "x.yaml: compile=maybe: Input should be True, False or 'auto'"),
+        ("compile: maybe", "x.yaml: compile=maybe: Input should be True, False, 'auto' or"),
+        ("compile: graphs", "x.yaml: compile=graphs: replays what ran before, one micro-batch"),
         (
             "dim: 100\nheads: 3",
             "dim=100: must be a multiple of heads=3, and dim_head=64 even",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_enwik8 import models
 from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.distributed import World
 from megalodon_enwik8.evaluation import evaluate
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import (
@@ -22,6 +23,7 @@ from megalodon_enwik8.models import (
     ffn_width,
 )
 from megalodon_enwik8.safety import UserError
+from megalodon_enwik8.training import make_optimizer, train_step
 
 # As published, less the rotary frequencies (depth x dim_head / 2) that were counted with them.
 PARAMETERS = {
@@ -193,6 +195,40 @@ def test_compile_true_without_a_compiler_is_refused(
     config = make_tiny("llama", compile=True)
     with pytest.raises(UserError, match=r"compile=true: install a C\+\+ compiler"):
         compile_layers(build_model(config), config)
+
+
+def test_graphs_are_refused_where_there_are_none(
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_tiny("llama", compile="graphs", grad_accum_every=1)
+    with pytest.raises(UserError, match="compile=graphs: cpu has no CUDA graphs; set compile: tr"):
+        compile_layers(build_model(config), config)
+    monkeypatch.setattr(World, "_gather_objects", lambda self, value: [value] * self.size)
+    world = World(torch.device("cpu"))
+    world.size = 2
+    with pytest.raises(UserError, match="compile=graphs: is for one process"):
+        world.check(config)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_train_as_layers_without_them(make_tiny: Any, model_name: str) -> None:
+    def losses(compile: Any) -> list[float]:
+        config = make_tiny(model_name, compile=compile, batch_size=4, grad_accum_every=1)
+        model = build_model(config).cuda().train()
+        compile_layers(model, config)
+        optimizer = make_optimizer(model, config)
+        found = []
+        for step in range(8):
+            torch.manual_seed(step)
+            batch = torch.randint(256, (4, config.seq_len + 1)).cuda()
+            found.append(train_step(model, optimizer, batch, config)[0])
+            if step % 3 == 2:  # in between, as a run does
+                evaluate(model, batch, use_autocast=False)
+                generate_bytes(model, b"some prompt", length=3, seed=1)
+        return found
+
+    assert losses("graphs") == pytest.approx(losses(False), abs=1e-4)
 
 
 @pytest.mark.slow
