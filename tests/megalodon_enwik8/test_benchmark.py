@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_enwik8 import benchmark
-from megalodon_enwik8.benchmark import Task
+from megalodon_enwik8.benchmark import __main__ as benchmark
+from megalodon_enwik8.benchmark import task as measuring
+from megalodon_enwik8.benchmark.task import Task
 from megalodon_enwik8.config import precision_name
 from megalodon_enwik8.distributed import World
 from megalodon_enwik8.safety import UserError
@@ -65,7 +66,7 @@ def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_a_task_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
     ballast = torch.ones(1_500_000_000, dtype=torch.uint8)
-    figures = benchmark.measure_apart(TINY, 300, str(tmp_path))
+    figures = measuring.measure_apart(TINY, 300, str(tmp_path))
     assert "failed" not in figures
     assert (figures["rows"], figures["steps"]) == (2, 2)
     assert figures["tokens_per_second"] == 128 / figures["step_seconds"]
@@ -74,26 +75,26 @@ def test_a_task_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["megalodon", "llama"])
 def test_reading_and_writing_are_measured(model: str) -> None:
-    figures = benchmark.measure(replace(TINY, kind="decode", model=model))
+    figures = measuring.measure(replace(TINY, kind="decode", model=model))
     assert figures["prefill_tokens_per_second"] == 64 / figures["prefill_seconds"]
     assert figures["decode_tokens_per_second"] == 1 / figures["decode_seconds"]
     if model == "llama":  # keys and values of 67 bytes, six heads of 64
         assert figures["state_bytes"] == 67 * 2 * 384 * 4
     else:
-        longer = benchmark.measure(replace(TINY, kind="decode", context=100))
+        longer = measuring.measure(replace(TINY, kind="decode", context=100))
         assert longer["state_bytes"] == figures["state_bytes"]
 
 
 def test_steps_of_both_models_are_measured_with_their_products() -> None:
-    figures = benchmark.measure(replace(TINY, kind="turns", model="both", micro_batch=1))
-    for name in benchmark.MODELS:  # one repetition: the ratio is that of its two times
+    figures = measuring.measure(replace(TINY, kind="turns", model="both", micro_batch=1))
+    for name in measuring.MODELS:  # one repetition: the ratio is that of its two times
         over = figures[name]["step_seconds"] / figures[name]["matrix_products_seconds"]
         assert figures[name]["step_over_matrix_products"] == over
 
 
 def test_several_processes_are_measured_beside_one(tmp_path: Path) -> None:
     task = replace(TINY, kind="scale", use_autocast=False, chunk_parallel=2)
-    figures = benchmark.measure_apart(task, 300, str(tmp_path))
+    figures = measuring.measure_apart(task, 300, str(tmp_path))
     assert figures["processes"] == 2
     assert figures["alone"]["efficiency"] == 1
     for way in ("data", "time"):  # one repetition: the ratio is that of its two times
@@ -114,18 +115,18 @@ def test_a_process_trains_on_its_share_of_a_step(
     world = World(torch.device("cpu"))
     world.along_data, world.along_time = along_data, along_time
     batches: list[torch.Tensor] = []
-    monkeypatch.setattr(benchmark, "train_step", lambda *given: batches.append(given[2]))
-    benchmark._stepper(benchmark.build_model(config), config, world)()
+    monkeypatch.setattr(measuring, "train_step", lambda *given: batches.append(given[2]))
+    measuring._stepper(measuring.build_model(config), config, world)()
     assert batches[0].shape == shape
 
 
 def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
     calls: list[str] = []
     functions = [lambda name=name: calls.append(name) for name in "ab"]
-    times = benchmark.by_turns(functions, 3, torch.device("cpu"))
+    times = measuring.by_turns(functions, 3, torch.device("cpu"))
     assert calls == ["a", "b"] * 4
     assert [len(seconds) for seconds in times] == [3, 3]  # the first round is not counted
-    assert benchmark.ratio([1, 20, 3], [2, 10, 6]) == 0.5  # not 24 / 18
+    assert measuring.ratio([1, 20, 3], [2, 10, 6]) == 0.5  # not 24 / 18
 
 
 @pytest.mark.parametrize("use_autocast", [True, False])
@@ -141,8 +142,8 @@ def test_bound_is_three_times_the_forward_products(
 
     task = Task("turns", "both", 8, 16 * 8, 1, micro_batch=4, use_autocast=use_autocast)
     config = task.config("llama")
-    products = benchmark._matrix_products(benchmark.build_model(config), config)
-    monkeypatch.setattr(benchmark.F, "linear", linear)
+    products = measuring._matrix_products(measuring.build_model(config), config)
+    monkeypatch.setattr(measuring.F, "linear", linear)
     products()
     # 12,489,600 parameters but the 13 norms; the tied embedding is the output matrix.
     assert sum(counted) == 3 * 16 * 8 * (12_489_600 - 13 * 384)
@@ -158,7 +159,7 @@ def test_bound_is_three_times_the_forward_products(
     ],
 )
 def test_a_task_that_fails_says_why(task: Task, limit: float, reason: str, tmp_path: Path) -> None:
-    figures = benchmark.measure_apart(task, limit, str(tmp_path))
+    figures = measuring.measure_apart(task, limit, str(tmp_path))
     assert list(figures) == ["failed"]
     assert reason in figures["failed"]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalodon_enwik8 import benchmark
-from megalodon_enwik8.benchmark import Task
+from megalodon_enwik8.benchmark import task as measuring
+from megalodon_enwik8.benchmark.operations import DTYPE_COPY, Operations
+from megalodon_enwik8.benchmark.task import Task
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.operations import DTYPE_COPY, Operations
 
 RESULTS = Path(__file__).parents[2] / "results" / "benchmarks"
 NARROW = {
@@ -105,35 +105,35 @@ COUNT = Task("count", "megalodon", 512, 512, 1, chunk_size=256)
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("model", benchmark.MODELS)
+@pytest.mark.parametrize("model", measuring.MODELS)
 def test_the_committed_counts_are_those_of_the_code(model: str) -> None:
     """Another version of PyTorch may take operations apart in another way."""
     committed = json.loads((RESULTS / "count.json").read_text())
     row = next(row for row in committed["rows"] if row["model"] == model)
     if row["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         pytest.skip(f"counted with PyTorch {row['torch']}")
-    with benchmark.as_on_a_gpu():
-        found = benchmark.block_operations(replace(COUNT, model=model))
+    with measuring.as_on_a_gpu():
+        found = measuring.block_operations(replace(COUNT, model=model))
     for part in ("forward", "backward"):
         assert found[part] == row[part], "count again: see Measuring in docs/speed.md"
 
 
 @pytest.mark.usefixtures("narrow")
 def test_attention_is_one_operation_each_way() -> None:
-    with benchmark.as_on_a_gpu():
-        found = benchmark.block_operations(COUNT)
+    with measuring.as_on_a_gpu():
+        found = measuring.block_operations(COUNT)
     for part in ("forward", "backward"):
         assert sum(n for name, n in found[part].items() if "dot_product" in name) == 1
         assert not any("softmax" in name for name in found[part])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", benchmark.MODELS)
+@pytest.mark.parametrize("model", measuring.MODELS)
 def test_a_step_and_a_compiled_block_are_counted(model: str, tmp_path: Path) -> None:
     """Of two layers in float32, which is quick: a step has both layers' operations and more; the
     compiler makes of a block fewer kernels than it has operations."""
     task = replace(COUNT, model=model, layers=2, use_autocast=False)
-    figures = benchmark.measure_apart(task, 600, str(tmp_path))
+    figures = measuring.measure_apart(task, 600, str(tmp_path))
     assert "failed" not in figures
     one = {part: sum(figures[part].values()) for part in ("forward", "backward")}
     assert sum(figures["step"].values()) > 2 * sum(one.values())
