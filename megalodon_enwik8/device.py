@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
     """Have glibc, where that is the allocator, keep freed memory for the next allocation.
 
     A training step frees and takes the same gigabyte every time. Given back to the system in
-    between, each page of it costs a fault and is zeroed anew: a tenth of a step on a CPU.
+    between, each page of it costs a fault and is zeroed anew.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,6 +1,6 @@
 """Whether a model remembers: both learn to say a key's value again, after a gap:
 
-python -m megalodon_enwik8.recall results/recall.json
+python -m megalodon_enwik8.recall runs/recall.json
 
 Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS keys, each
 with a value behind it, then a gap of other tokens, then the keys in another order, each with its
