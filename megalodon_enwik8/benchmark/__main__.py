@@ -136,13 +136,13 @@ def run_context(options: argparse.Namespace) -> str:
 
     picture = Path(options.out) / "context.png"
     if options.picture:
-        from megalodon_enwik8.report.pictures import check_can_draw, draw_context
+        from megalodon_enwik8.report.pictures import check_can_draw, draw_contexts, save_picture
 
         check_can_draw(picture)
     measured: Figures = {"rows": []}
     run(options, context_tasks(options), measured, record_row)
     if options.picture:
-        draw_context(measured, picture)
+        save_picture(draw_contexts(measured), picture)
     return context_table(measured)
 
 

@@ -98,7 +98,8 @@ def draw_curves(groups: Sequence[Group], timing: dict[str, Any] | None = None) -
 
 
 def draw_contexts(measured: Mapping[str, Any]) -> Figure:
-    """Throughput (above) and memory (below) against the length of the context."""
+    """What `benchmark context` measured: throughput (above) and memory (below) against the length
+    of the context."""
     from matplotlib.ticker import EngFormatter, LogLocator
 
     panels = [
@@ -128,11 +129,6 @@ def draw_contexts(measured: Mapping[str, Any]) -> Figure:
             axis.set_major_formatter(EngFormatter(sep=""))
             axis.set_minor_formatter("")
     return with_legend(figure)
-
-
-def draw_context(measured: dict[str, Any], path: str | Path) -> None:
-    """Draw what `benchmark context` measured to a file."""
-    save_picture(draw_contexts(measured), path)
 
 
 def draw_distances(results: Sequence[Mapping[str, Any]]) -> Figure:

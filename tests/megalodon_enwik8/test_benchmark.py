@@ -50,7 +50,8 @@ def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     )
     pictures = SimpleNamespace(
         check_can_draw=lambda path: None,
-        draw_context=lambda measured, path: path.write_text("picture"),
+        draw_contexts=lambda measured: "picture",
+        save_picture=lambda figure, path: path.write_text(figure),
     )
     monkeypatch.setitem(sys.modules, f"{report}.tables", tables)
     monkeypatch.setitem(sys.modules, f"{report}.pictures", pictures)
