@@ -46,7 +46,7 @@ def run_main(
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        code = _say(str(error))
+        code = _print_error(str(error))
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -57,17 +57,17 @@ def run_main(
         from megalodon_enwik8.device import lost_another_process, ran_out_of_memory
 
         if ran_out_of_memory(error):
-            code = _say(f"out of memory: {out_of_memory}")
+            code = _print_error(f"out of memory: {out_of_memory}")
         elif lost_another_process(error):
             time.sleep(2)  # who failed speaks first
-            code = _say("another process of this run died or hangs, and all end with it")
+            code = _print_error("another process of this run died or hangs, and all end with it")
         else:
             raise
     except OSError as error:
         if error.errno is None:  # not of the system
             raise
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        code = _say(f"{where}{os.strerror(error.errno)}: mend that or choose another place")
+        code = _print_error(f"{where}{os.strerror(error.errno)}: mend that or choose another place")
     sys.exit(code)
 
 
@@ -89,7 +89,7 @@ def _first_to_say() -> bool:
         return True
 
 
-def _say(message: str) -> int:
+def _print_error(message: str) -> int:
     if launched() and not _first_to_say():
         return 2
     line = " ".join(message.split())
