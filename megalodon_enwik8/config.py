@@ -41,6 +41,8 @@ Real = Annotated[float, BeforeValidator(_numeric_string)]
 Probability = Annotated[Real, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, ESC rules terminals
 
+MODELS = ("megalodon", "llama")  # in the order of tables
+
 # Keys that only one of the models has.
 _megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
 _llama = partial(Field, json_schema_extra={"model": "llama"})

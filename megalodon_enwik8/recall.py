@@ -32,7 +32,7 @@ CHUNK = 64
 GAPS = {16: 0, 32: 0, 64: 1, 128: 2, 256: 4}
 """The lengths of the gap, and how many borders of chunks lie between a key and its return."""
 
-MODELS: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly as many parameters
+SIZES: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly as many parameters
     "megalodon": {
         "model_dim": 128, "num_layers": 2, "num_heads": 1, "z_dim": 64, "value_dim": 128,
         "ffn_hidden_dim": 220, "chunk_size": CHUNK, "init_mode": "fan_in",
@@ -69,7 +69,7 @@ ANSWERS = slice(1 - 2 * PAIRS, None, 2)
 
 def config_of(model: str, rate: float, seed: int, steps: int) -> ExperimentConfig:
     run = {"learning_rate": rate, "seed": seed, "num_batches": steps, "warmup_steps": steps // 10}
-    values = {"run_dir": "unused", "model": model, **MODELS[model], **RECIPE, **run}
+    values = {"run_dir": "unused", "model": model, **SIZES[model], **RECIPE, **run}
     return make_config(values, "the probe")
 
 
@@ -113,7 +113,7 @@ def probe(out: Path, seeds: Sequence[int], steps: int, rows: int) -> None:
             raise UserError(f"{out}: was made with other steps or sequences: name another file")
         measured = before
     out.parent.mkdir(parents=True, exist_ok=True)
-    for seed, rate, name in ((s, r, n) for s in seeds for r in RATES for n in MODELS):
+    for seed, rate, name in ((s, r, n) for s in seeds for r in RATES for n in SIZES):
         key = {"model": name, "learning_rate": rate, "seed": seed}
         if any(row | key == row for row in measured["rows"]):
             continue

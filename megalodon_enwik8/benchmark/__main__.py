@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from megalodon_enwik8 import device as machine
 from megalodon_enwik8.benchmark.task import (
-    MODELS,
     PROCESSES,
     Figures,
     Task,
     measure,
     measure_apart,
 )
-from megalodon_enwik8.config import precision_name
+from megalodon_enwik8.config import MODELS, precision_name
 from megalodon_enwik8.distributed import join
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 

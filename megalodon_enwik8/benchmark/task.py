@@ -24,7 +24,7 @@ from megalodon.compat import CACHE_NAME
 from megalodon.ops import chunk_attention
 from megalodon_enwik8 import device as machine
 from megalodon_enwik8.benchmark.operations import KERNEL_NAMES, Operations, kernels
-from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.config import MODELS, ExperimentConfig, make_config
 from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import (
     build_model,
@@ -37,7 +37,6 @@ from megalodon_enwik8.models import (
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import make_optimizer, train_step
 
-MODELS = ("megalodon", "llama")
 PROCESSES = 2  # of `scale`
 
 # A Megalodon reads a prompt so many tokens at a time, which bounds its memory.

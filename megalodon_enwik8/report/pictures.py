@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megalodon_enwik8.config import MODELS
 from megalodon_enwik8.report.runs import Group, bpc, group_names, seconds_compare, timed
-from megalodon_enwik8.report.tables import MODELS, common_steps
+from megalodon_enwik8.report.tables import common_steps
 from megalodon_enwik8.safety import UserError, atomic_write
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megalodon_enwik8.config import precision_name
+from megalodon_enwik8.config import MODELS, precision_name
 from megalodon_enwik8.report.runs import (
     Group,
     Run,
@@ -24,7 +24,6 @@ from megalodon_enwik8.report.statistics import estimate, first_reach, loss_after
 from megalodon_enwik8.safety import UserError
 
 NONE = "–"
-MODELS = ("megalodon", "llama")  # in the order of a benchmark's columns
 
 Figure = Callable[[Run], float]
 """A number of a run; nan where it has none."""
@@ -391,7 +390,7 @@ def count_table(measured: dict[str, Any]) -> str:
 
 RELEASED = ("mega200m", "mega1_3b", "mega1_3b_pg19", "mega7_1b", "mega7_3b")
 WAYS = ("DDP", "FSDP2", "along time")
-PROCESSES = (8, 64, 1024)
+WORLD_SIZES = (8, 64, 1024)
 LENGTHS = {f"{kibi}k": kibi * 1024 for kibi in (4, 16, 64, 256)} | {"1M": 1024**2}
 
 
@@ -409,16 +408,16 @@ def scaling(numbers: str) -> str:
     for name in RELEASED:
         costs = Costs(getattr(MegalodonConfig, name)())
         ways = (costs.data_parallel, costs.sharded, costs.along_time)
-        for count in PROCESSES:
+        for count in WORLD_SIZES:
             megabytes = [f"{number / 1e6:,.1f}" for way in ways for number in way(count)]
             sent.append([name, f"{count:,}", *megabytes])
         flops = [f"{costs.flops(tokens) / 1e12:,.0f}" for tokens in LENGTHS.values()]
         work.append([name, f"{costs.parameters:,}", *flops])
-        least = [costs.least_tokens(way(n), device) for way in ways[:2] for n in PROCESSES[::2]]
+        least = [costs.least_tokens(way(n), device) for way in ways[:2] for n in WORLD_SIZES[::2]]
         most = [costs.most_along_time(tokens, device) for tokens in LENGTHS.values()]
         ends.append([name, *(f"{number:,}" for number in [*least, *most])])
     each = [f"{way}, {unit}" for way in WAYS for unit in ("layer", "step")]
-    fewest = [f"{way}, N = {n:,}" for way in WAYS[:2] for n in PROCESSES[::2]]
+    fewest = [f"{way}, N = {n:,}" for way in WAYS[:2] for n in WORLD_SIZES[::2]]
     parts = [
         "Sent by each of N processes, in MB; along time for each sequence, of any length:",
         table(["model", "N", *each], sent),

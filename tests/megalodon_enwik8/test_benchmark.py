@@ -16,7 +16,7 @@ import torch
 from megalodon_enwik8.benchmark import __main__ as benchmark
 from megalodon_enwik8.benchmark import task as measuring
 from megalodon_enwik8.benchmark.task import Task
-from megalodon_enwik8.config import precision_name
+from megalodon_enwik8.config import MODELS, precision_name
 from megalodon_enwik8.distributed import World
 from megalodon_enwik8.safety import UserError
 
@@ -88,7 +88,7 @@ def test_reading_and_writing_are_measured(model: str) -> None:
 
 def test_steps_of_both_models_are_measured_with_their_products() -> None:
     figures = measuring.measure(replace(TINY, kind="turns", model="both", micro_batch=1))
-    for name in measuring.MODELS:  # one repetition: the ratio is that of its two times
+    for name in MODELS:  # one repetition: the ratio is that of its two times
         over = figures[name]["step_seconds"] / figures[name]["matrix_products_seconds"]
         assert figures[name]["step_over_matrix_products"] == over
 

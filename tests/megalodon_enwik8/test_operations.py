@@ -15,7 +15,7 @@ from torch import Tensor
 from megalodon_enwik8.benchmark import task as measuring
 from megalodon_enwik8.benchmark.operations import DTYPE_COPY, Operations
 from megalodon_enwik8.benchmark.task import Task
-from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.config import MODELS, ExperimentConfig
 
 RESULTS = Path(__file__).parents[2] / "results" / "benchmarks"
 NARROW = {
@@ -105,7 +105,7 @@ COUNT = Task("count", "megalodon", 512, 512, 1, chunk_size=256)
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("model", measuring.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_the_committed_counts_are_those_of_the_code(model: str) -> None:
     """Another version of PyTorch may take operations apart in another way."""
     committed = json.loads((RESULTS / "count.json").read_text())
@@ -128,7 +128,7 @@ def test_attention_is_one_operation_each_way() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", measuring.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_step_and_a_compiled_block_are_counted(model: str, tmp_path: Path) -> None:
     """Of two layers in float32, which is quick: a step has both layers' operations and more; the
     compiler makes of a block fewer kernels than it has operations."""
