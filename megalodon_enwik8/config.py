@@ -236,6 +236,11 @@ def precision_name(use_autocast: bool | str) -> str:
     return "bfloat16 autocast" if use_autocast else "float32"
 
 
+def bits_per_byte(loss: float) -> float:
+    """Nats per byte to bits per byte (called BPC, bits per character, on enwik8)."""
+    return loss / math.log(2)
+
+
 def model_of_key(name: str) -> str | None:
     """The model that alone has the key `name`, or None for a key of both."""
     extra = ExperimentConfig.model_fields[name].json_schema_extra

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 
 from megalodon import MegalodonCache
 from megalodon_enwik8.checkpoint import load_checkpoint
-from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.config import ExperimentConfig, bits_per_byte
 from megalodon_enwik8.data import Bytes, load_corpus, windows_at
 from megalodon_enwik8.device import (
     Autocast,
@@ -50,11 +49,6 @@ RANGE_ENDS = (32, 128, 512, *(1024 * 4**i for i in range(25)))
 
 def nothing() -> None:
     """What is checked where nobody asks for more."""
-
-
-def bits_per_byte(loss: float) -> float:
-    """Nats per byte to bits per byte (called BPC, bits per character, on enwik8)."""
-    return loss / math.log(2)
 
 
 @contextmanager

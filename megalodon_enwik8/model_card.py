@@ -7,9 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig, load_config, precision_name
+from megalodon_enwik8.config import ExperimentConfig, bits_per_byte, load_config, precision_name
 from megalodon_enwik8.data import CODE, ENWIK8, SAMPLE, named_text
-from megalodon_enwik8.evaluation import bits_per_byte
 from megalodon_enwik8.models import count_parameters
 from megalodon_enwik8.run_folder import Row, read_metrics
 from megalodon_enwik8.safety import UserError

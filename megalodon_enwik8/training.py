@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, precision_name
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, bits_per_byte, precision_name
 from megalodon_enwik8.data import Corpus, load_corpus, training_batch, validation_windows
 from megalodon_enwik8.device import (
     autocast,
@@ -35,7 +35,7 @@ from megalodon_enwik8.device import (
     processor_name,
 )
 from megalodon_enwik8.distributed import World, join, restarted, spread_like, whole
-from megalodon_enwik8.evaluation import bits_per_byte, evaluate, score_windows
+from megalodon_enwik8.evaluation import evaluate, score_windows
 from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
 from megalodon_enwik8.models import (
     build_model,

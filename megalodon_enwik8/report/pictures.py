@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalodon_enwik8.config import MODELS
-from megalodon_enwik8.report.runs import Group, bpc, group_names, seconds_compare, timed
+from megalodon_enwik8.config import MODELS, bits_per_byte
+from megalodon_enwik8.report.runs import Group, group_names, seconds_compare, timed
 from megalodon_enwik8.report.tables import common_steps
 from megalodon_enwik8.safety import UserError, atomic_write
 
@@ -83,10 +83,12 @@ def draw_curves(groups: Sequence[Group], timing: dict[str, Any] | None = None) -
     for name, group, color in zip(names, groups, itertools.cycle(COLORS), strict=False):
         steps = common_steps([group])
         curves = [[point for point in run.points if point.step in steps] for run in group]
-        late += [bpc(p.loss) for curve in curves for p in curve if p.step >= steps[-1] / 4]
+        late += [
+            bits_per_byte(p.loss) for curve in curves for p in curve if p.step >= steps[-1] / 4
+        ]
         for axes, key in zip(all_axes, panels, strict=True):
             x = np.array([[getattr(point, key) for point in curve] for curve in curves])
-            y = np.array([[bpc(point.loss) for point in curve] for curve in curves])
+            y = np.array([[bits_per_byte(point.loss) for point in curve] for curve in curves])
             if len(curves) > 1:
                 axes.plot(x.T, y.T, color=color, linewidth=0.7, alpha=0.5)
             axes.plot(x.mean(0), y.mean(0), color=color, marker="o", markersize=3, label=name)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, model_of_key, precision_name
+from megalodon_enwik8.config import (
+    FREE_KEYS,
+    ExperimentConfig,
+    bits_per_byte,
+    model_of_key,
+    precision_name,
+)
 from megalodon_enwik8.safety import UserError
-
-
-def bpc(loss: float) -> float:
-    """Bits per byte, of nats."""
-    return loss / math.log(2)
 
 
 class Point(NamedTuple):
@@ -134,7 +135,7 @@ def _assemble(
         points=tuple(points),
         step_seconds=bytes_a_step / median(speeds),
         peak_megabytes=max(row.get("peak_memory_bytes") or 0 for row in rows) / 1e6 or math.nan,
-        full_val_bpc=bpc(end.get("full_val_loss") or math.nan),
+        full_val_bpc=bits_per_byte(end.get("full_val_loss") or math.nan),
         sample=str(end.get("sample") or ""),
     )
     _conditions(run)[0]  # an environment that lacks a part is found here

@@ -8,11 +8,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megalodon_enwik8.config import MODELS, precision_name
+from megalodon_enwik8.config import MODELS, bits_per_byte, precision_name
 from megalodon_enwik8.report.runs import (
     Group,
     Run,
-    bpc,
     check_comparable,
     differing_keys,
     group_names,
@@ -80,16 +79,11 @@ def loss_at(step: int) -> Figure:
 
 
 def bpc_at(step: int) -> Figure:
-    return lambda run: bpc(loss_at(step)(run))
+    return lambda run: bits_per_byte(loss_at(step)(run))
 
 
 def bpc_after(seconds: float) -> Figure:
-    return lambda run: bpc(loss_after(run.points, seconds))
-
-
-def shortest(groups: Iterable[Group]) -> float:
-    """The seconds after which the first of the runs had ended."""
-    return min(run.points[-1].seconds for group in groups for run in group)
+    return lambda run: bits_per_byte(loss_after(run.points, seconds))
 
 
 def common_steps(groups: Iterable[Group]) -> list[int]:
@@ -154,7 +148,7 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
     head = [*names, "difference", "95 % interval", "relative"]
     rows = [row(title, *pair, *figure) for title, figure in figures(pair).items()]
     if seconds_compare(pair):
-        seconds = shortest(pair)
+        seconds = min(run.points[-1].seconds for group in pair for run in group)
         title = f"BPC after {seconds:,.0f} s of training"
         rows.append(row(title, *pair, bpc_after(seconds), 4))
     for unit in ("steps", "seconds") if seconds_compare(pair) else ("steps",):
@@ -267,7 +261,9 @@ def search(found: Sequence[Mapping[str, Any]]) -> str:
         for row in mine:
             loss, bold = row["val_loss"], "**" if row["val_loss"] == best else ""
             values = [str(row["settings"].get(key, NONE)) for key in keys]
-            lines.append([model.title(), *values, f"{bold}{loss:.4f}{bold}", f"{bpc(loss):.4f}"])
+            lines.append(
+                [model.title(), *values, f"{bold}{loss:.4f}{bold}", f"{bits_per_byte(loss):.4f}"]
+            )
     return table(["model", *keys, "loss", "BPC"], lines)
 
 
