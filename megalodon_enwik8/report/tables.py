@@ -24,7 +24,7 @@ from megalodon_enwik8.safety import UserError
 
 NONE = "–"
 
-Figure = Callable[[Run], float]
+Quantity = Callable[[Run], float]
 """A number of a run; nan where it has none."""
 
 
@@ -53,14 +53,14 @@ def spread(values: Sequence[float], digits: int) -> str:
 # Tables of runs
 
 
-def figures(groups: Sequence[Group]) -> dict[str, tuple[Figure, int]]:
-    """What a table of these groups shows: by title, the figure and its digits.
+def quantities(groups: Sequence[Group]) -> dict[str, tuple[Quantity, int]]:
+    """What a table of these groups shows: by title, the quantity and its digits.
 
     Raises UserError for groups that cannot stand in one table.
     """
     check_comparable(groups)
     step = common_steps(groups)[-1]
-    found: dict[str, tuple[Figure, int]] = {
+    found: dict[str, tuple[Quantity, int]] = {
         "parameters": (attrgetter("parameters"), 0),
         f"loss after {step:,} steps": (loss_at(step), 4),
         f"BPC after {step:,} steps": (bpc_at(step), 4),
@@ -74,15 +74,15 @@ def figures(groups: Sequence[Group]) -> dict[str, tuple[Figure, int]]:
     return found
 
 
-def loss_at(step: int) -> Figure:
+def loss_at(step: int) -> Quantity:
     return lambda run: {point.step: point.loss for point in run.points}[step]
 
 
-def bpc_at(step: int) -> Figure:
+def bpc_at(step: int) -> Quantity:
     return lambda run: bits_per_byte(loss_at(step)(run))
 
 
-def bpc_after(seconds: float) -> Figure:
+def bpc_after(seconds: float) -> Quantity:
     return lambda run: bits_per_byte(loss_after(run.points, seconds))
 
 
@@ -110,13 +110,13 @@ def pair_up(ours: Group, theirs: Group) -> tuple[Group, Group]:
     return pair
 
 
-def cell(group: Group, figure: Figure, digits: int) -> str:
-    return spread([figure(run) for run in group], digits)
+def cell(group: Group, quantity: Quantity, digits: int) -> str:
+    return spread([quantity(run) for run in group], digits)
 
 
-def gap_cells(ours: Group, theirs: Group, figure: Figure, digits: int) -> list[str]:
+def gap_cells(ours: Group, theirs: Group, quantity: Quantity, digits: int) -> list[str]:
     """The difference, its interval, and the difference in percent of theirs."""
-    a, b = ([figure(run) for run in group] for group in (ours, theirs))
+    a, b = ([quantity(run) for run in group] for group in (ours, theirs))
     gap = paired(a, b)
     if math.isnan(gap.mean):
         return [NONE] * 3
@@ -125,9 +125,9 @@ def gap_cells(ours: Group, theirs: Group, figure: Figure, digits: int) -> list[s
     return [signed(gap.mean, digits), sure, f"{signed(100 * gap.mean / estimate(b).mean, 2)} %"]
 
 
-def row(title: str, ours: Group, theirs: Group, figure: Figure, digits: int) -> list[str]:
-    cells = [cell(group, figure, digits) for group in (ours, theirs)]
-    return [title, *cells, *gap_cells(ours, theirs, figure, digits)]
+def row(title: str, ours: Group, theirs: Group, quantity: Quantity, digits: int) -> list[str]:
+    cells = [cell(group, quantity, digits) for group in (ours, theirs)]
+    return [title, *cells, *gap_cells(ours, theirs, quantity, digits)]
 
 
 def seeds(group: Group) -> str:
@@ -146,7 +146,7 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
     pair = pair_up(ours, theirs)
     names = group_names(pair)
     head = [*names, "difference", "95 % interval", "relative"]
-    rows = [row(title, *pair, *figure) for title, figure in figures(pair).items()]
+    rows = [row(title, *pair, *quantity) for title, quantity in quantities(pair).items()]
     if seconds_compare(pair):
         seconds = min(run.points[-1].seconds for group in pair for run in group)
         title = f"BPC after {seconds:,.0f} s of training"
@@ -184,7 +184,7 @@ def headline(*arguments: Any) -> str:
 
 
 def runs(groups: Sequence[Group]) -> str:
-    """A line for each group: the keys in which they differ, the figures, and the difference from
+    """A line for each group: the keys in which they differ, the quantities, and the difference from
     the first at the last step after which all were validated. Empty columns are left out."""
     keys, last = differing_keys(groups), loss_at(common_steps(groups)[-1])
     gaps = [[NONE] * 3]
@@ -195,8 +195,8 @@ def runs(groups: Sequence[Group]) -> str:
         **{key: [str(group[0].recipe.get(key, NONE)) for group in groups] for key in keys},
         "seeds": [seeds(group) for group in groups],
         **{
-            title: [cell(group, *figure) for group in groups]
-            for title, figure in figures(groups).items()
+            title: [cell(group, *quantity) for group in groups]
+            for title, quantity in quantities(groups).items()
         },
         "loss − the first's": [gap[0] for gap in gaps],
         "95 % interval": [gap[1] for gap in gaps],
