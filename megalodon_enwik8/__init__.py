@@ -1,4 +1,4 @@
-"""The experiment: Megalodon against a Llama on byte-level Wikipedia text."""
+"""The experiment: Megalodon against a Llama on byte-level text."""
 
 from typing import Any
 
