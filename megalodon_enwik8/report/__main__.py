@@ -9,7 +9,7 @@ of its own, the program puts a table or, drawn to an SVG file, a picture. Runs a
 from the page's folder, several with spaces between; a GROUP is of runs that differ in their seed.
 
   compare: GROUP | GROUP            two groups, at the end and at every validation
-  headline: TITLE | GROUP | GROUP | ...    a row for each title and two groups
+  headline: train.json | TITLE | GROUP | GROUP | ...    a row for each title and two groups
   runs: RUNS                        a line for each group
   commands: RUNS                    a line for each run: how to make it again
   sample: GROUP                     what the first run of the group wrote
@@ -48,7 +48,7 @@ MARKER = re.compile(r"<!-- (?:/(?P<end>[a-z]+)|(?P<word>[a-z]+): (?P<arguments>.
 # function takes the others and returns the figure.
 FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "compare": (tables.compare, "group group [timing]"),
-    "headline": (tables.headline, "title group group ..."),
+    "headline": (tables.headline, "file title group group ..."),
     "runs": (tables.runs, "runs"),
     "commands": (tables.commands, "runs"),
     "sample": (tables.sample, "group"),
@@ -91,7 +91,7 @@ def make(word: str, texts: list[str], root: Path, drawn: dict[Path, Figure]) -> 
         raise UserError(f"no such marker; there are {', '.join(FILLERS)}")
     function, kinds = FILLERS[word][0], FILLERS[word][1].split()
     if kinds[-1] == "...":
-        kinds = kinds[:-1] * max(1, len(texts) // len(kinds[:-1]))
+        kinds = kinds[:1] + kinds[1:-1] * max(1, len(texts) // len(kinds[1:-1]))
     if len(texts) not in (len(kinds), len(kinds) - (kinds[-1] == "[timing]")):
         raise UserError(f"takes {' | '.join(kinds)}, not {len(texts)} of those")
     named = list(zip(kinds, texts, strict=False))

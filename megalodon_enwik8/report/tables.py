@@ -171,15 +171,28 @@ def _reach(unit: str, ours: Group, theirs: Group) -> str:
     return f"not reached by {missing} of {len(found)}" if missing else spread(reached, 0)
 
 
-def headline(*arguments: Any) -> str:
-    """A row for each title, group and group: their BPC at the end of what all of the two did."""
-    titles, ours, theirs = arguments[::3], arguments[1::3], arguments[2::3]
+def headline(timing: dict[str, Any], *arguments: Any) -> str:
+    """A row for each title, group and group: their BPC at the end of what all of the two did. The
+    first two groups also have their parameters, and seconds and memory from a benchmark."""
+    triples = list(zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True))
     rows = []
-    for title, pair in zip(titles, map(pair_up, ours, theirs), strict=True):
-        check_comparable(pair)
+    for title, *groups in triples:
+        check_comparable(groups)
+        pair = pair_up(*groups)
         a, b, *gap = row(title, *pair, bpc_at(common_steps(pair)[-1]), 4)[1:]
         rows.append([title, seeds(pair[0]), a, b, *gap])
-    names = [ours[0][0].model, theirs[0][0].model]
+    title, *groups = triples[0]
+    pair = pair_up(*timed(groups, timing))
+    seconds = min(run.points[-1].seconds for group in pair for run in group)
+    shown = quantities(pair)
+    timed_rows = [
+        row("parameters", *pair, *shown["parameters"]),
+        row(f"{title}, after {seconds:,.0f} s", *pair, bpc_after(seconds), 4),
+        row(f"a step, s, {timing['device']}", *pair, *shown["a step, s"]),
+        row("peak memory there, MB", *pair, *shown["peak memory, MB"]),
+    ]
+    rows[1:1] = [[name, seeds(pair[0]), *cells] for name, *cells in timed_rows]
+    names = [group[0].model for group in pair]
     return table(["BPC", "seeds", *names, "difference", "95 % interval", "relative"], rows)
 
 

@@ -127,12 +127,15 @@ def test_the_headline_has_a_row_for_each_pair_of_groups(folder: Path, tmp_path: 
     make_group(tmp_path / "best", "llama", {7: 1.2}, learning_rate=2e-3, sha256="b" * 64)
     best = [one_group([f"best/{model}*"], tmp_path) for model in ("megalodon", "llama")]
     pair = [one_group([f"{model}*"], folder) for model in ("megalodon", "llama")]
-    text = headline("as published", *pair, "another text", *best)
-    assert len(text.splitlines()) == 2 + 2
+    text = headline(timing(), "as published", *pair, "another text", *best)
+    assert len(text.splitlines()) == 2 + 6
+    assert row(text, "parameters")[1:3] == ["1,000", "1,100"]
+    assert row(text, "as published, after 410 s")[2] == "2.8547 ± 0.0347"
+    assert row(text, "peak memory there, MB")[1:4] == ["2,000", "1,000", "+1,000"]
     assert row(text, "as published")[:2] == ["7, 8, 9", "2.0342 ± 0.0144"]
     assert row(text, "another text") == ["7", "1.4427", "1.7312", "−0.2885", "–", "−16.67 %"]
     with pytest.raises(UserError, match="cannot stand in one table: text is sample"):
-        headline("two texts", pair[0], best[1])
+        headline(timing(), "two texts", pair[0], best[1])
 
 
 def test_a_table_of_anything_tells_what_differs(folder: Path) -> None:
