@@ -163,7 +163,8 @@ def train_step(
     world = world or World(device)
     loss = torch.zeros((), device=device)
     micro_batches = batch.split(config.batch_size)
-    torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is in use
+    if config.compile == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is in use
     for number, micro_batch in enumerate(micro_batches, 1):
         with world.backward_of(model, last=number == len(micro_batches)):
             with autocast(device, config.use_autocast):
