@@ -122,9 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = restore_model(load_checkpoint(path), path)
     model.to(device)  # type: ignore[arg-type]
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")
-
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -42,6 +42,9 @@ def run_main(
     exception is a defect of the program and keeps its traceback. A warning is one line.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale says: texts are of any characters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
     try:
         code = main() or 0
         sys.stdout.flush()

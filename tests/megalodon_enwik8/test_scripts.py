@@ -241,6 +241,9 @@ def test_the_scripts_run_as_programs(
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = write_config(tmp_path / "x.yaml", make_tiny("megalodon", num_batches=2))
+    says = "from megalodon_enwik8.safety import run_main; run_main(lambda: print('\\u2013'))"
+    done = subprocess.run([sys.executable, "-c", says], cwd=ROOT, capture_output=True)
+    assert (done.stdout, done.stderr) == ("–\n".encode(), b"")
 
     def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, ROOT / name, *arguments]
