@@ -355,7 +355,7 @@ def test_a_prompt_of_any_bytes_is_continued_with_printable_text(
 
     def check(prompt: bytes, options: list[str]) -> None:
         file.write_bytes(prompt)
-        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", io.StringIO())
