@@ -253,18 +253,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     Raises UserError for a file that is not YAML or not a mapping, for a repeated or unknown key,
     and for a value of the wrong type or range.
     """
-    values = read_yaml(path)
-    source = dict.fromkeys(values, str(path))
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise UserError(
-                f"command line: {override!r}: expected key=value, as in num_batches=100"
-            )
-        values[name] = _parse_yaml(text, f"command line: {name!r}")
-        source[name] = "command line"
+    values, given = read_yaml(path), read_overrides(overrides)
+    source = {**dict.fromkeys(values, str(path)), **dict.fromkeys(given, "command line")}
+    values |= given
     values.setdefault("run_dir", f"runs/{Path(path).stem}")
     return make_config(values, str(path), source)
+
+
+def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """The values of `key=value`, read as YAML."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"command line: {text!r}: expected key=value, as in num_batches=100")
+        values[name] = _parse_yaml(value, f"command line: {name!r}")
+    return values
 
 
 def make_config(

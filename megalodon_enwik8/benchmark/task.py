@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from megalodon.compat import CACHE_NAME
 from megalodon.ops import chunk_attention
 from megalodon_enwik8 import device as machine
-from megalodon_enwik8.benchmark.operations import KERNEL_NAMES, Operations, kernels
-from megalodon_enwik8.config import MODELS, ExperimentConfig, make_config
+from megalodon_enwik8.benchmark.operations import DTYPE_COPY, KERNEL_NAMES, Operations, kernels
+from megalodon_enwik8.config import MODELS, ExperimentConfig, make_config, model_of_key
 from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import (
     build_model,
@@ -38,66 +38,64 @@ from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import make_optimizer, train_step
 
 PROCESSES = 2  # of `scale`
+WAYS = ("one process", "data parallel", "along time")  # to make its step
+BOTH = "both"
+RATIO = "megalodon / llama"
+NEW_BYTES = 100  # that `decode` writes
+PATIENCE_S = 60  # a process begins no further call after so long
 
 # A Megalodon reads a prompt so many tokens at a time, which bounds its memory.
 PREFILL_PIECE = 65_536
 
-Figures = dict[str, Any]
+Figures = dict[str, dict[str, Any]]
+"""What was measured, by its title, of each model (or way to spread a step over processes)."""
 Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure. Lengths are in bytes.
+    """What to measure.
 
-    kind: "turns": steps of both models by turns, and the products of each. "train": the first
-    step and the fastest. "decode": reading a prompt of `context` bytes, then writing on. "scale":
-    steps of one process and of PROCESSES by turns, in which `chunk_parallel` share each sequence.
-    "count": operations, and kernels of compiled code, on the CPU.
-    tokens: in a step, in sequences of `context`, at least one; `micro_batch` of them at a time.
-    repetitions: after a first one; in "train" and "decode", none begins after so many `seconds`.
+    kind: "steps": of both models by turns, with the products of each. "first": a model's first
+    step; "second": the same on the compiled code that was left. "train": its fastest step.
+    "decode": reading a prompt of seq_len bytes, then writing on. "scale": steps of one process and
+    of PROCESSES by turns. "count": operations, and kernels of compiled code, on the CPU.
+    model: BOTH for steps.
+    settings: keys of a config, those that a model lacks left out; and step_bytes, in a step, in
+    sequences of seq_len, at least one, batch_size of them at a time or all.
+    rounds: calls after a first one, which is not counted where rounds are by turns.
     """
 
     kind: str
-    model: str  # "both" for turns
-    context: int
-    tokens: int
-    repetitions: int
-    seconds: float = 60
-    micro_batch: int | None = None  # None: all
-    layers: int | None = None  # None: the comparison's
-    chunk_size: int | None = None  # None: the comparison's
-    new_tokens: int = 0
-    use_autocast: bool = True
-    compile: bool | Literal["graphs"] = False
-    gradient_checkpointing: bool = False
-    chunk_parallel: int | None = None
+    model: str
+    settings: dict[str, Any]
+    rounds: int = 1
 
     def config(self, model: str) -> ExperimentConfig:
-        """The widths of the comparison, with the task's depth and lengths."""
-        sequences = max(1, self.tokens // self.context)
-        micro_batch = self.micro_batch or sequences
-        values: dict[str, Any] = {
-            "run_dir": "unused",
-            "model": model,
-            "seq_len": self.context,
-            "batch_size": micro_batch,
-            "grad_accum_every": sequences // micro_batch,
-            "use_autocast": self.use_autocast,
-            "compile": self.compile,
-            "gradient_checkpointing": self.gradient_checkpointing,
-        }
-        if model == "megalodon":
-            values |= {"num_layers": self.layers, "chunk_size": self.chunk_size}
-            values["chunk_parallel"] = self.chunk_parallel
-        else:
-            values |= {"depth": self.layers, "ffn_dim_multiplier": 2.67}
-        given = {key: value for key, value in values.items() if value is not None}
-        return make_config(given, "the benchmark")
+        """Of a run of a model with the settings. Raises UserError where there can be none."""
+        own = {key: value for key, value in self.settings.items() if has_key(model, key)}
+        own |= {"run_dir": "unused", "model": model, "grad_accum_every": 1}
+        if model == "llama":
+            own.setdefault("ffn_dim_multiplier", 2.67)  # the comparison's
+        step_bytes = own.pop("step_bytes")
+        if not isinstance(step_bytes, int):
+            raise UserError(f"command line: step_bytes={step_bytes}: must be a whole number")
+        whole = make_config(own, "command line")
+        sequences = max(1, step_bytes // whole.seq_len)
+        size = min(whole.batch_size, sequences)
+        if sequences % size:
+            raise UserError(f"batch_size={size}: does not divide {sequences} sequences a step")
+        own |= {"batch_size": size, "grad_accum_every": sequences // size}
+        return make_config(own, "command line")
 
 
-def measure_apart(task: Task, limit: float, cache: str) -> Figures:
-    """The task's figures, taken by a fresh process; or, under "failed", why there are none.
+def has_key(model: str, key: str) -> bool:
+    """Also of what is no key of a config, for others to refuse."""
+    return key not in ExperimentConfig.model_fields or model_of_key(key) in (None, model)
+
+
+def measure_apart(task: Task, limit: float, cache: str) -> dict[str, Any]:
+    """Figures, taken by a fresh process; or, under "failed", why there are none.
 
     limit: in seconds; cache: a folder for compiled code, in place of the user's own.
     """
@@ -134,25 +132,22 @@ def measure_apart(task: Task, limit: float, cache: str) -> Figures:
 
 
 def measure(task: Task) -> Figures:
-    """The task's figures, taken by this process. Raises UserError where memory runs out."""
+    """Figures, taken by this process. Raises UserError where memory runs out."""
     machine.keep_freed_memory()
     device = machine.choose_device()
-    kinds = {"turns": _turns, "train": _train, "decode": _decode, "scale": _scale, "count": _count}
+    kinds = {
+        "steps": _steps, "first": _first, "second": _first, "train": _train,
+        "decode": _decode, "scale": _scale, "count": _count,
+    }  # fmt: skip
     try:
-        figures = kinds[task.kind](task, device)
+        return kinds[task.kind](task, device)
     except Exception as error:
         if machine.ran_out_of_memory(error):
             raise UserError("out of memory") from None
         raise
-    return {
-        **figures,
-        "peak_memory_bytes": machine.peak_memory_bytes(device),
-        "device": machine.device_name(device),
-        "torch": torch.__version__,
-    }
 
 
-def _turns(task: Task, device: torch.device) -> Figures:
+def _steps(task: Task, device: torch.device) -> Figures:
     """Of each model a step, and its products, which bound it; and the ratio of the models."""
     steps, products = [], []
     for name in MODELS:
@@ -161,17 +156,16 @@ def _turns(task: Task, device: torch.device) -> Figures:
         steps.append(_stepper(model, config))
         products.append(_matrix_products(model, config))
     # In this order the steps are next to each other, and each is next to its products.
-    times = by_turns([products[0], *steps, products[1]], task.repetitions, device)
-    figures: Figures = {"time": ratio(times[1], times[2])}
-    for name, step, bound in zip(MODELS, times[1:3], times[::3], strict=True):
-        figures[name] = {
-            "step_seconds": median(step),
-            "step_seconds_least": min(step),
-            "tokens_per_second": task.tokens / median(step),
-            "matrix_products_seconds": median(bound),
-            "step_over_matrix_products": ratio(step, bound),
+    times = by_turns([products[0], *steps, products[1]], task.rounds, device)
+    figures: Figures = {
+        name: {
+            "step, s": median(step),
+            "bytes/s": task.config(name).tokens_per_step / median(step),
+            "step / its matrix products": ratio(step, bound),
         }
-    return figures
+        for name, step, bound in zip(MODELS, times[1:3], times[::3], strict=True)
+    }
+    return {**figures, RATIO: {"step, s": ratio(times[1], times[2])}}
 
 
 def by_turns(functions: Sequence[Step], rounds: int, device: torch.device) -> list[list[float]]:
@@ -185,18 +179,26 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _train(task: Task, device: torch.device) -> Figures:
-    """The first step and the fastest: a machine's other work can only make a step slower."""
+def _first(task: Task, device: torch.device) -> Figures:
+    """In a fresh process."""
     config = task.config(task.model)
-    times = _repeat(_stepper(_build(config, device), config), task, device)
-    return {
-        "rows": config.sequences_per_step,
-        "first_step_seconds": times[0],
-        "compile_seconds": max(0.0, times[0] - times[1]) if task.compile else None,
-        "step_seconds": min(times),
-        "steps": len(times),
-        "tokens_per_second": config.sequences_per_step * task.context / min(times),
-    }
+    seconds = _seconds(_stepper(_build(config, device), config), device)
+    if task.kind == "second":
+        return {task.model: {"the second time, s": seconds}}
+    return {task.model: {"first step, s": seconds, **_peak(device)}}
+
+
+def _train(task: Task, device: torch.device) -> Figures:
+    """The fastest step: a machine's other work can only make one slower."""
+    config = task.config(task.model)
+    seconds = min(_repeat(_stepper(_build(config, device), config), task, device))
+    return {task.model: {"bytes/s": config.tokens_per_step / seconds, **_peak(device)}}
+
+
+def _peak(device: torch.device) -> dict[str, float]:
+    """Nothing where the system does not tell."""
+    peak = machine.peak_memory_bytes(device)
+    return {} if peak is None else {"peak memory, MB": peak / 1e6}
 
 
 def _scale(task: Task, device: torch.device) -> Figures:
@@ -214,33 +216,37 @@ def _scale(task: Task, device: torch.device) -> Figures:
 
             return function
 
-        worlds = {"alone": World(device)}
+        alone, data, time = WAYS
+        worlds = {alone: World(device)}
+        worlds[time] = World(device, every.rank, every.size, config.chunk_parallel)
         if config.sequences_per_step % every.size == 0:
-            worlds = {"data": World(device, every.rank, every.size), **worlds}
-        if config.chunk_parallel > 1:
-            worlds["time"] = World(device, every.rank, every.size, config.chunk_parallel)
+            worlds = {data: World(device, every.rank, every.size), **worlds}
         # In this order each is next to the one that is alone.
         steps = [whole_step(world) for world in worlds.values()]
-        times = dict(zip(worlds, by_turns(steps, task.repetitions, device), strict=True))
-        figures: Figures = {"processes": every.size}
-        for way, seconds in times.items():
-            efficiency = ratio(times["alone"], seconds) / worlds[way].size
-            figures[way] = {"step_seconds": median(seconds), "efficiency": efficiency}
-        return figures
+        times = dict(zip(worlds, by_turns(steps, task.rounds, device), strict=True))
+        return {
+            way: {
+                "step, s": median(times[way]),
+                "efficiency": ratio(times[alone], times[way]) / worlds[way].size,
+            }
+            for way in WAYS
+            if way in times
+        }
 
 
 @torch.no_grad()
 def _decode(task: Task, device: torch.device) -> Figures:
     """Reading a prompt and writing greedily, in float32 as inference.py does, one row."""
-    model = _build(task.config(task.model), device).eval()
-    prompt = torch.randint(256, (1, task.context), device=device)
+    config = task.config(task.model)
+    model = _build(config, device).eval()
+    prompt = torch.randint(256, (1, config.seq_len), device=device)
     token = prompt[:, -1:]
     cache: Any = None
 
     def read() -> None:
         nonlocal cache
         cache = new_state(model) if keeps_a_state(model) else None
-        for piece in prompt.split(PREFILL_PIECE if keeps_a_state(model) else task.context, dim=1):
+        for piece in prompt.split(PREFILL_PIECE if keeps_a_state(model) else len(prompt[0]), dim=1):
             output = model(piece, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
             cache = output[CACHE_NAME]
 
@@ -250,53 +256,60 @@ def _decode(task: Task, device: torch.device) -> Figures:
         token = output.logits[:, -1:].argmax(-1)
 
     reading = min(_repeat(read, task, device))
-    if task.compile:
+    if config.compile:
         for layer in decoder_layers(model):
             layer.compile()
         for _ in range(8):  # among them one for a first size, and one for all others
             write()
-    writing = median(_seconds(write, device) for _ in range(task.new_tokens))
+    writing = median(_seconds(write, device) for _ in range(NEW_BYTES))
     if keeps_a_state(model):
         state_bytes = cache.nbytes
     else:
         state_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return {
-        "prefill_seconds": reading,
-        "prefill_tokens_per_second": task.context / reading,
-        "decode_seconds": writing,
-        "decode_tokens_per_second": 1 / writing,
-        "state_bytes": state_bytes,
+    figures = {
+        "prompt bytes/s": config.seq_len / reading,
+        "new bytes/s": 1 / writing,
+        "state, MB": state_bytes / 1e6,
     }
+    return {task.model: figures | _peak(device)}
 
 
 def _count(task: Task, device: torch.device) -> Figures:
-    """By name: a block's operations and kernels, forward and backward, and a whole step's."""
+    """Of a block, forward and backward, and of a whole step; the block's also by name."""
     with as_on_a_gpu():
         config = task.config(task.model)
         step = _stepper(_build(config, device), config)
         step()  # makes the optimizer's moments
         with Operations() as whole:
             step()
-        forward, backward = _passes(replace(task, layers=1, compile=True))
-        figures = {
-            **block_operations(task),
-            "step": whole.found,
-            "kernels_forward": kernels(forward),
-            "kernels_backward": kernels(backward),
-        }
-    return {part: dict(found.most_common()) for part, found in figures.items()}
+        by_name = block_operations(task)
+        figures: dict[str, Any] = {}
+        for part, names in by_name.items():
+            figures[f"operations {part}"] = names.total()
+            figures[f"dtype copies {part}"] = names[DTYPE_COPY]
+        figures["operations of a step"] = whole.found.total()
+        compiled = replace(task, settings=task.settings | layers(1) | {"compile": True})
+        for part, run_pass in zip(by_name, _passes(compiled), strict=True):
+            figures[f"compiled kernels {part}"] = kernels(run_pass).total()
+    return {
+        task.model: figures | {"by_name": {k: dict(v.most_common()) for k, v in by_name.items()}}
+    }
 
 
 def block_operations(task: Task) -> dict[str, Counter[str]]:
     """Of one more layer, where there is one."""
     counts = []
-    for layers in (1, 2):
-        passes = _passes(replace(task, layers=layers))
-        for run_pass in passes:
+    for depth in (1, 2):
+        for run_pass in _passes(replace(task, settings=task.settings | layers(depth))):
             with Operations() as counter:
                 run_pass()
             counts.append(counter.found)
     return {"forward": counts[2] - counts[0], "backward": counts[3] - counts[1]}
+
+
+def layers(depth: int) -> dict[str, int]:
+    """The settings for so many, of either model."""
+    return {"num_layers": depth, "depth": depth}
 
 
 def as_on_a_gpu() -> AbstractContextManager[Any]:
@@ -370,10 +383,9 @@ def _matrix_products(model: nn.Module, config: ExperimentConfig) -> Step:
 
 
 def _repeat(function: Step, task: Task, device: torch.device) -> list[float]:
-    """Seconds of each call; where the first one compiles, there is a second in any case."""
-    times: list[float] = []
-    least = 1 + bool(task.compile)
-    while len(times) < least or (len(times) <= task.repetitions and sum(times) < task.seconds):
+    """Seconds of each call, at least two: the first one may compile."""
+    times = [_seconds(function, device) for _ in range(2)]
+    while len(times) <= task.rounds and sum(times) < PATIENCE_S:
         times.append(_seconds(function, device))
     return times
 

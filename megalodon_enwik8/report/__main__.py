@@ -13,9 +13,8 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   runs: RUNS                        a line for each group
   commands: RUNS                    a line for each run: how to make it again
   sample: GROUP                     what the first run of the group wrote
-  search: search.jsonl              steps: train.json              context: context.json
-  counts: count.json                operations of a block and of a step
-  parallel: scale.json              a step of one process and of several
+  search: search.jsonl              the tries of a search
+  measured: FILE                    what a benchmark measured
   scaling: FLOPS BYTES SHARE        for a device: flop/s, bytes/s sent, share of the time to send
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
   recall: SVG | recall.json
@@ -53,10 +52,7 @@ FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "commands": (tables.commands, "runs"),
     "sample": (tables.sample, "group"),
     "search": (tables.search, "files"),
-    "steps": (tables.steps_table, "file"),
-    "context": (tables.context_table, "file"),
-    "counts": (tables.count_table, "file"),
-    "parallel": (tables.parallel_table, "file"),
+    "measured": (tables.measured_tables, "file"),
     "scaling": (tables.scaling, "numbers"),
     "curves": (pictures.draw_curves, "picture runs [timing]"),
     "contexts": (pictures.draw_contexts, "picture file"),

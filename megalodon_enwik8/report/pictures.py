@@ -106,21 +106,21 @@ def draw_contexts(measured: Mapping[str, Any]) -> Figure:
     from matplotlib.ticker import EngFormatter, LogLocator
 
     panels = [
-        ("train", "tokens_per_second", "training, bytes/s"),
-        ("decode", "prefill_tokens_per_second", "reading a prompt, bytes/s"),
-        ("decode", "decode_tokens_per_second", "writing, bytes/s"),
-        ("train", "peak_memory_bytes", "training, peak memory in bytes"),
-        ("decode", "peak_memory_bytes", "reading and writing, peak memory"),
-        ("decode", "state_bytes", "state kept, bytes"),
+        ("train", "bytes/s", "training, bytes/s"),
+        ("decode", "prompt bytes/s", "reading a prompt, bytes/s"),
+        ("decode", "new bytes/s", "writing, bytes/s"),
+        ("train", "peak memory, MB", "training, peak memory, MB"),
+        ("decode", "peak memory, MB", "reading and writing, peak memory, MB"),
+        ("decode", "state, MB", "state kept, MB"),
     ]
     figure, all_axes = new_figure(2, 3, 5.4)
     figure.set_label("Throughput and memory against the length of the context")
     for axes, (kind, key, title) in zip(all_axes, panels, strict=True):
         for model, color in zip(MODELS, COLORS, strict=False):
             points = sorted(
-                (row["context"], row[key])
+                (row["seq_len"], row[model][key])
                 for row in measured["rows"]
-                if (row["kind"], row["model"]) == (kind, model) and row.get(key) is not None
+                if row["kind"] == kind and key in row.get(model, {})
             )
             if points:
                 x, y = zip(*points, strict=True)

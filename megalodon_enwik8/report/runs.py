@@ -19,7 +19,6 @@ from megalodon_enwik8.config import (
     ExperimentConfig,
     bits_per_byte,
     model_of_key,
-    precision_name,
 )
 from megalodon_enwik8.safety import UserError
 
@@ -237,20 +236,18 @@ def timed(groups: Iterable[Group], measured: dict[str, Any]) -> list[Group]:
 
 def _time(run: Run, measured: dict[str, Any]) -> Run:
     """Raises UserError for a run whose kind of step the benchmark has not measured."""
-    names = {"on": "compiled", "graphs": "graphs"}
-    modes = {names.get(each["compilation"], "eager") for each in _conditions(run)}
-    config = run.config
-    kind = {"mode": " and ".join(sorted(modes)), "micro_batch": config["batch_size"]}
-    shared = {"seq_len": config["seq_len"], "bytes_a_step": run.bytes_a_step}
-    shared["dtype"] = precision_name(config["use_autocast"])
-    shared |= {"chunk_size": config["chunk_size"]} if "chunk_size" in config else {}
-    had = {**measured, "bytes_a_step": measured["sequences"] * measured["seq_len"]}
-    wanted = {"model": config["model"], **kind}
-    rows = [row for row in measured["rows"] if row | wanted == row and "failed" not in row]
-    if not rows or had | shared != had:
-        asked = ", ".join(f"{key} {value}" for key, value in (wanted | shared).items())
-        raise UserError(f"{run.path}: the benchmark has no such step: {asked}")
-    first, each = rows[0]["first_step_seconds"], rows[0]["step_seconds"]
+    config = {**run.config, "step_bytes": run.bytes_a_step}
+    config["compile"] = {"on": True, "graphs": "graphs"}.get(
+        _conditions(run)[0]["compilation"], False
+    )
+    keys = ("step_bytes", "seq_len", "chunk_size", "batch_size", "use_autocast", "compile")
+    asked = {key: config[key] for key in keys if key in config}
+    rows = [row for row in measured["rows"] if row | asked == row and config["model"] in row]
+    if not rows:
+        said = ", ".join(f"{key}={value}" for key, value in asked.items())
+        raise UserError(f"{run.path}: the benchmark has no such step: {said}")
+    figures = rows[0][config["model"]]
+    first, each = figures["first step, s"], figures["step, s"]
     session = {key: measured.get(key) for key in ("device", "processor", "threads", "torch")}
     points = [
         point._replace(seconds=first + (point.step - 1) * each if point.step else 0.0)
@@ -260,8 +257,8 @@ def _time(run: Run, measured: dict[str, Any]) -> Run:
         run,
         points=tuple(points),
         step_seconds=each,
-        peak_megabytes=rows[0]["peak_memory_bytes"] / 1e6,
-        environment={**run.environment, "sessions": [{**session, "compile": kind["mode"]}]},
+        peak_megabytes=figures["peak memory, MB"],
+        environment={**run.environment, "sessions": [session]},
     )
 
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megalodon_enwik8.config import MODELS, bits_per_byte, precision_name
+from megalodon_enwik8.config import bits_per_byte
 from megalodon_enwik8.report.runs import (
     Group,
     Run,
@@ -239,25 +239,6 @@ def sample(group: Group) -> str:
 
 # Tables of files that other programs write
 
-Columns = Mapping[str, tuple[str, int, float]]
-"""By title: the key, the digits, and the unit in which the key is shown."""
-
-
-def show(measured: Mapping[str, Any], column: tuple[str, int, float]) -> str:
-    """A dash where nothing was measured."""
-    key, digits, unit = column
-    return NONE if measured.get(key) is None else f"{measured[key] / unit:,.{digits}f}"
-
-
-def given_up(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    names = ("model", "mode", "micro_batch", "kind", "context")
-    lines = [
-        f"- given up: {', '.join(str(row[name]) for name in names if name in row)}: {row['failed']}"
-        for row in rows
-        if "failed" in row
-    ]
-    return ["\n".join(lines)] if lines else []
-
 
 def search(found: Sequence[Mapping[str, Any]]) -> str:
     """The lines of a search: the settings that vary, with each model's best in bold."""
@@ -280,119 +261,56 @@ def search(found: Sequence[Mapping[str, Any]]) -> str:
     return table(["model", *keys, "loss", "BPC"], lines)
 
 
-def steps_table(measured: dict[str, Any]) -> str:
-    """What `benchmark train` measured, train.json: each model's step, then the ratios."""
-    columns: Columns = {
-        "step, s": ("step_seconds", 3, 1),
-        "bytes/s": ("tokens_per_second", 0, 1),
-        "step / its matrix products": ("step_over_matrix_products", 2, 1),
-        "peak MB": ("peak_memory_bytes", 0, 1e6),
-        "first step, s": ("first_step_seconds", 1, 1),
-        "the second time": ("second_start_seconds", 1, 1),
-    }
-    rows = [
-        [row["model"].title(), row["mode"], str(row["micro_batch"])]
-        + [show(row, column) for column in columns.values()]
-        for row in measured["rows"]
-    ]
-    ratios = [
-        [row["mode"], str(row["micro_batch"])]
-        + [show(row, (key, 2, 1)) for key in ("time", "memory")]
-        for row in measured["ratios"]
-    ]
-    parts = [
-        f"{measured['sequences']} x {measured['seq_len']} bytes a step, {measured['dtype']}, "
-        f"{measured['device']}, {measured['threads']} threads, PyTorch {measured['torch']}.",
-        table(["model", "mode", "micro-batch", *columns], rows),
-        table(["Megalodon / Llama", "micro-batch", "time", "memory"], ratios),
-        *given_up(measured["rows"]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def context_table(measured: dict[str, Any]) -> str:
-    """What `benchmark context` measured, context.json: training, then decoding, by length."""
-    peak = ("peak_memory_bytes", 0, 1e6)
-    training: Columns = {"bytes/s": ("tokens_per_second", 0, 1), "peak MB": peak}
-    decoding: Columns = {
-        "prompt bytes/s": ("prefill_tokens_per_second", 0, 1),
-        "new bytes/s": ("decode_tokens_per_second", 1, 1),
-        "state MB": ("state_bytes", 2, 1e6),
-        "peak MB": peak,
-    }
-    rows = measured["rows"]
-    parts = [f"{row['device']}, PyTorch {row['torch']}." for row in rows if "device" in row][:1]
-    for kind, columns in (("train", training), ("decode", decoding)):
-        found = {(row["context"], row["model"]): row for row in rows if row["kind"] == kind}
-        if not found:
-            continue
-        first = next(iter(found.values()))
-        names = [f"{model.title()} {column}" for column in columns for model in MODELS]
+def measured_tables(measured: Mapping[str, Any]) -> str:
+    """What a benchmark measured: for each kind of row a table, in which each model, or way to take
+    a step, has a line. What does not vary stands above."""
+    parts = [_said({key: value for key, value in measured.items() if key != "rows"})]
+    for kind in dict.fromkeys(row["kind"] for row in measured["rows"]):
+        rows = [row for row in measured["rows"] if row["kind"] == kind]
+        settings = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+        varied = [key for key in settings if len({repr(row[key]) for row in rows}) > 1]
         lines = [
-            [f"{context:,}"]
-            + [
-                show(found.get((context, model), {}), column)
-                for column in columns.values()
-                for model in MODELS
-            ]
-            for context in sorted({context for context, _ in found})
+            ([_shown(row[key]) for key in varied], name, figures)
+            for row in rows
+            for name, figures in row.items()
+            if isinstance(figures, dict)
         ]
-        what = f"Reading a prompt and writing on, {first['layers']} layers, one row, float32:"
-        if kind == "train":
-            extras = [name for name in ("compile", "gradient_checkpointing") if first[name]]
-            precision = precision_name(first["use_autocast"])
-            what = (
-                f"Training, {first['layers']} layers, {first['tokens']:,} bytes a step, or one row "
-                f"where that is longer, chunks of {first['chunk_size']}, "
-                f"{', '.join([precision, *extras]).replace('_', ' ')}:"
-            )
-        parts += [what, table(["context", *names], lines)]
-    return "\n\n".join([*parts, *given_up(rows)]) + "\n"
+        found = [(row, name, figures) for row, name, figures in lines if name != "failed"]
+        titles = dict.fromkeys(
+            title
+            for *_, figures in found
+            for title, figure in figures.items()
+            if not isinstance(figure, dict)
+        )
+        parts += [
+            _said({key: rows[0][key] for key in settings if key not in varied}),
+            table(
+                [*varied, "of", *titles],
+                [
+                    [*row, name, *(_shown(figures.get(title)) for title in titles)]
+                    for row, name, figures in found
+                ],
+            ),
+            *(
+                f"Given up: {', '.join([*row, what])}: {reason}."
+                for row, name, figures in lines
+                if name == "failed"
+                for what, reason in figures.items()
+            ),
+        ]
+    return "\n\n".join(parts)
 
 
-def parallel_table(measured: dict[str, Any]) -> str:
-    """What `benchmark scale` measured, scale.json: a step of one process and of several."""
-    rows, step, efficiency = measured["rows"], ("step_seconds", 3, 1), ("efficiency", 2, 1)
-    lines = []
-    for row in rows:
-        alone, *several = (row.get(way, {}) for way in ("alone", "data", "time"))
-        size = f"{max(1, row['tokens'] // row['context'])} x {row['context']:,}"
-        cells = [show(way, column) for way in several for column in (step, efficiency)]
-        lines.append([size, str(row["micro_batch"]), show(alone, step), *cells])
-    parts = [
-        f"{row['layers']} layers, chunks of {row['chunk_size']}, "
-        f"{precision_name(row['use_autocast'])}, {'compiled' if row['compile'] else 'eager'}; "
-        f"{row['processes']} processes, each on {row['device']}, PyTorch {row['torch']}."
-        for row in rows
-        if "alone" in row
-    ][:1]
-    head = ["bytes a step", "micro-batch", "one process, s"]
-    head += [
-        f"{way}{what}"
-        for way in ("data parallel", "along time")
-        for what in (", s", ": efficiency")
-    ]
-    return "\n\n".join([*parts, table(head, lines), *given_up(rows)]) + "\n"
+def _said(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_shown(value)}" for key, value in values.items()) + ":"
 
 
-def count_table(measured: dict[str, Any]) -> str:
-    """What `benchmark count` counted, count.json: a block, forward and backward, and a step."""
-    lines = []
-    for row in measured["rows"]:
-        cells = [row["model"].title()]
-        for part in ("forward", "backward", "step"):
-            found = row.get(part)
-            cells.append(f"{sum(found.values()):,}" if found else NONE)
-            if part != "step":
-                cells.append(str(found.get("dtype copy", 0)) if found else NONE)
-        kernels = (row.get(f"kernels_{part}") for part in ("forward", "backward"))
-        lines.append(cells + [str(sum(found.values())) if found else NONE for found in kernels])
-    copies, parts = "of them dtype copies", ("forward", "backward")
-    head = ["operations of", *(x for part in parts for x in (f"a block {part}", copies)), "a step"]
-    head += [f"kernels of a compiled block {part}" for part in parts]
-    torch = " and ".join(sorted({row["torch"] for row in measured["rows"] if "torch" in row}))
-    what = f"1 x {measured['seq_len']} bytes, {measured['dtype']}, PyTorch {torch or NONE}."
-    return "\n\n".join([what, table(head, lines), *given_up(measured["rows"])]) + "\n"
+def _shown(value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, str | bool):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:#.3g}"
 
 
 # Tables of the cost model

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalodon_enwik8.benchmark import task as measuring
+from megalodon_enwik8.benchmark.__main__ import plan
 from megalodon_enwik8.benchmark.operations import DTYPE_COPY, Operations
 from megalodon_enwik8.benchmark.task import Task
 from megalodon_enwik8.config import MODELS, ExperimentConfig
@@ -101,7 +102,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Task, "config", config)
 
 
-COUNT = Task("count", "megalodon", 512, 512, 1, chunk_size=256)
+((_, (COUNT, _)),) = plan("count", {}, 1)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -109,13 +110,14 @@ COUNT = Task("count", "megalodon", 512, 512, 1, chunk_size=256)
 def test_the_committed_counts_are_those_of_the_code(model: str) -> None:
     """Another version of PyTorch may take operations apart in another way."""
     committed = json.loads((RESULTS / "count.json").read_text())
-    row = next(row for row in committed["rows"] if row["model"] == model)
-    if row["torch"].split("+")[0] != torch.__version__.split("+")[0]:
-        pytest.skip(f"counted with PyTorch {row['torch']}")
+    if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        pytest.skip(f"counted with PyTorch {committed['torch']}")
     with measuring.as_on_a_gpu():
         found = measuring.block_operations(replace(COUNT, model=model))
     for part in ("forward", "backward"):
-        assert found[part] == row[part], "count again: see Measuring in docs/speed.md"
+        assert found[part] == committed["rows"][0][model]["by_name"][part], (
+            "count again: see Measuring in docs/speed.md"
+        )
 
 
 @pytest.mark.usefixtures("narrow")
@@ -132,10 +134,11 @@ def test_attention_is_one_operation_each_way() -> None:
 def test_a_step_and_a_compiled_block_are_counted(model: str, tmp_path: Path) -> None:
     """Of two layers in float32, which is quick: a step has both layers' operations and more; the
     compiler makes of a block fewer kernels than it has operations."""
-    task = replace(COUNT, model=model, layers=2, use_autocast=False)
-    figures = measuring.measure_apart(task, 600, str(tmp_path))
-    assert "failed" not in figures
-    one = {part: sum(figures[part].values()) for part in ("forward", "backward")}
-    assert sum(figures["step"].values()) > 2 * sum(one.values())
-    for part, operations in one.items():
-        assert 0 < sum(figures[f"kernels_{part}"].values()) < operations
+    settings = COUNT.settings | measuring.layers(2) | {"use_autocast": False}
+    task = replace(COUNT, model=model, settings=settings)
+    figures = measuring.measure_apart(task, 600, str(tmp_path))[model]
+    one = [figures[f"operations {part}"] for part in ("forward", "backward")]
+    assert figures["operations of a step"] > 2 * sum(one)
+    for part, operations in zip(("forward", "backward"), one, strict=True):
+        assert 0 < figures[f"compiled kernels {part}"] < operations
+        assert 0 < figures[f"dtype copies {part}"] < operations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megalodon_enwik8.config import MODELS
 from megalodon_enwik8.report import pictures
 from megalodon_enwik8.report.__main__ import FILLERS, main
 from megalodon_enwik8.safety import UserError
@@ -95,10 +96,14 @@ def test_a_page_or_picture_that_is_behind_its_runs_is_told(
         ("<!-- compare: runs/* -->\n<!-- /compare -->", 2, "takes group | group | [timing], not 1"),
         ("<!-- compare: runs/* | runs/* -->\n<!-- /compare -->", 2, "two recipes"),
         ("<!-- curves: a.txt | runs/* -->\n<!-- /curves -->", 2, "must end in .svg"),
-        ("<!-- steps: PAGE.md -->\n<!-- /steps -->", 2, "PAGE.md: is not JSON"),
+        ("<!-- measured: PAGE.md -->\n<!-- /measured -->", 2, "PAGE.md: is not JSON"),
         ("<!-- scaling: 4e14 5e10 -->\n<!-- /scaling -->", 2, "5e10: holds no such figures"),
         ("<!-- scaling: 4e14 0 1 -->\n<!-- /scaling -->", 2, "4e14 0 1: holds no such figures"),
-        ("<!-- steps: other.json -->\n<!-- /steps -->", 2, "other.json: holds no such figures"),
+        (
+            "<!-- measured: other.json -->\n<!-- /measured -->",
+            2,
+            "other.json: holds no such figures",
+        ),
     ],
 )
 def test_a_marker_that_cannot_be_filled_is_refused_with_its_line(
@@ -138,14 +143,8 @@ def test_a_context_picture_shows_every_figure_that_was_measured(tmp_path: Path) 
     measured = json.loads((ROOT / "results/benchmarks/context.json").read_text())
     figure = pictures.draw_contexts(measured)
     drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines())
-    keys = {
-        "train": ("tokens_per_second", "peak_memory_bytes"),
-        "decode": (
-            "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes",
-            "state_bytes",
-        ),
-    }  # fmt: skip
-    assert drawn == sum(key in row for row in measured["rows"] for key in keys[row["kind"]])
+    figures = [row.get(model, {}) for row in measured["rows"] for model in MODELS]
+    assert drawn == sum(map(len, figures))
     for name in ("a.svg", "b.svg"):
         pictures.save_picture(pictures.draw_contexts(measured), tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,11 @@ from megalodon_enwik8.report.runs import find_groups, one_group
 from megalodon_enwik8.report.tables import (
     commands,
     compare,
-    context_table,
-    count_table,
     headline,
-    parallel_table,
+    measured_tables,
     runs,
     sample,
     search,
-    steps_table,
 )
 from megalodon_enwik8.safety import UserError
 
@@ -80,14 +76,14 @@ def test_seeds_that_one_group_lacks_are_left_out(folder: Path) -> None:
 
 def timing(**changes: Any) -> dict[str, Any]:
     """What `benchmark train` leaves, of the steps of the runs above."""
-    kind = {"mode": "eager", "micro_batch": 4, "first_step_seconds": 11.0}
-    rows = [
-        {"model": "megalodon", **kind, "step_seconds": 1.0, "peak_memory_bytes": 2e9},
-        {"model": "llama", **kind, "step_seconds": 1.5, "peak_memory_bytes": 1e9},
-    ]
+    steps = {
+        "step_bytes": 16 * 512, "seq_len": 512, "chunk_size": 256, "batch_size": 4,
+        "use_autocast": True, "compile": False,
+        "megalodon": {"step, s": 1.0, "first step, s": 11.0, "peak memory, MB": 2e3},
+        "llama": {"step, s": 1.5, "first step, s": 11.0, "peak memory, MB": 1e3},
+    }  # fmt: skip
     where = {"device": "cpu (2 of 2 cores)", "processor": "x", "threads": 2, "torch": "2.13.0"}
-    steps = {"sequences": 16, "seq_len": 512, "chunk_size": 256, "dtype": "bfloat16 autocast"}
-    return {**where, **steps, "rows": rows, **changes}
+    return {**where, "rows": [{**steps, **changes}]}
 
 
 def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path: Path) -> None:
@@ -104,11 +100,11 @@ def test_a_benchmarks_seconds_and_memory_take_the_place_of_the_runs_own(tmp_path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rows": []}, {"seq_len": 2048}, {"chunk_size": 1024}, {"sequences": 8}, {"dtype": "float32"}],
+    [{"seq_len": 2048}, {"chunk_size": 1024}, {"step_bytes": 4096}, {"use_autocast": False}],
 )
 def test_a_benchmark_of_other_steps_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     group = one_group(["megalodon*"], folder)
-    with pytest.raises(UserError, match="megalodon_7: the benchmark has no such step: mo"):
+    with pytest.raises(UserError, match="megalodon_7: the benchmark has no such step: step_b"):
         compare(group, group, timing(**changes))
 
 
@@ -193,48 +189,24 @@ def test_a_search_is_shown_by_what_it_varied_with_each_best_in_bold() -> None:
     ]
 
 
-def test_benchmarks_have_a_dash_where_nothing_was_measured() -> None:
-    results = Path(__file__).parents[3] / "results" / "benchmarks"
-    steps = json.loads((results / "train.json").read_text())
-    context = json.loads((results / "context.json").read_text())
-    assert "| Megalodon | eager | 1 | 1.876 | 4,368 | 2.93 | 783 | 2.2 |" in steps_table(steps)
-    table = context_table(context)
-    assert "| 131,072 | 17,316 | – | 12,138 | – |" in table
-    assert "- given up: llama, train, 131072: took more than 200 s" in table
-    for measured in steps["rows"]:
-        for key in measured.keys() - {"model", "mode", "micro_batch"}:
-            measured[key] = None
-    steps["ratios"][0]["memory"] = None
-    assert "| Llama | compiled | 16 | – | – | – | – | – |" in steps_table(steps)
-    assert "| eager | 1 | 1.00 | – |" in steps_table(steps)
-
-
-def test_several_processes_stand_beside_one_as_far_as_they_can_share_a_step() -> None:
-    task = {"kind": "scale", "tokens": 8192, "layers": 6, "chunk_size": 256, "compile": False}
-    where = {"use_autocast": False, "processes": 2, "device": "cpu", "torch": "2", **task}
-    way = {"step_seconds": 1.25, "efficiency": 0.8}
-    ways = {"alone": {"step_seconds": 2.0, "efficiency": 1.0}, "time": way}
+def test_a_benchmark_is_a_table_for_each_kind_of_row() -> None:
+    both = {"kind": "train", "seq_len": 512}
     rows = [
-        {**task, "context": 512, "micro_batch": 16, "failed": "out of memory"},
-        {**where, "context": 16_384, "micro_batch": 1, **ways},
+        {
+            **both,
+            "compile": False,
+            "megalodon": {"step, s": 1, "by_name": {}},
+            "llama": {"MB": 2.5},
+        },
+        {**both, "compile": True, "failed": {"train, llama": "out of memory"}},
+        {"kind": "decode", "megalodon": {"bytes/s": 12345.6, "state, MB": 0.01}},
     ]
-    text = parallel_table({"rows": rows})
-    assert text.startswith("6 layers, chunks of 256, float32, eager; 2 processes, each on cpu, Py")
-    assert row(text, "16 x 512") == ["16", *"–––––"]
-    assert row(text, "1 x 16,384") == ["1", "2.000", "–", "–", "1.250", "0.80"]
-    assert "- given up: 16, scale, 512: out of memory" in text
-
-
-def test_operations_are_added_up_with_their_dtype_copies_told() -> None:
-    parts = {
-        "forward": {"aten.mm.default": 7, "dtype copy": 3},
-        "backward": {"aten.mm.default": 14},
-    }
-    kernels = {"kernels_forward": {"cpp_fused_0": 3}, "kernels_backward": {"cpp_fused_1": 4}}
-    ours = {"model": "megalodon", **parts, "step": {"aten.mm.default": 1200}, **kernels}
-    rows = [{**ours, "torch": "2.13.0"}, {"model": "llama", "failed": "out of memory"}]
-    text = count_table({"seq_len": 512, "dtype": "float32", "rows": rows})
-    assert text.startswith("1 x 512 bytes, float32, PyTorch 2.13.0.\n")
-    assert row(text, "Megalodon") == ["10", "3", "14", "0", "1,200", "3", "4"]
-    assert row(text, "Llama") == ["–"] * 7
-    assert "- given up: llama: out of memory" in text
+    assert measured_tables({"device": "cpu", "threads": 2, "rows": rows}).split("\n\n") == [
+        "device cpu, threads 2:",
+        "kind train, seq_len 512:",
+        "| compile | of | step, s | MB |\n| --- | --- | --- | --- |\n"
+        "| False | megalodon | 1 | – |\n| False | llama | – | 2.50 |",
+        "Given up: True, train, llama: out of memory.",
+        "kind decode:",
+        "| of | bytes/s | state, MB |\n| --- | --- | --- |\n| megalodon | 12,346 | 0.0100 |",
+    ]
