@@ -1,17 +1,16 @@
 """Tables and pictures of runs, on the terminal or in pages:
 
-python -m megalodon_enwik8.report RUN... [--picture FILE]    of one or several runs of anything
-python -m megalodon_enwik8.report --fill PAGE...             in Markdown pages, between markers
-python -m megalodon_enwik8.report --check PAGE...            whether the pages are as filled
+python -m megalodon_enwik8.report RUN... [--picture FILE] [--timing train.json]
+python -m megalodon_enwik8.report --fill PAGE...      in Markdown pages, between markers
+python -m megalodon_enwik8.report --check PAGE...     whether the pages are as filled
 
 A page is written by hand; between <!-- WORD: ARGUMENT | ... --> and <!-- /WORD -->, each on a line
 of its own, the program puts a table or, drawn to an SVG file, a picture. Runs and files are globs
 from the page's folder, several with spaces between; a GROUP is of runs that differ in their seed.
 
   compare: GROUP | GROUP            two groups, at the end and at every validation
-  headline: train.json | TITLE | GROUP | GROUP | ...    a row for each title and two groups
+  headline: TITLE | GROUP | GROUP | ...    a row for each title and two groups
   runs: RUNS                        a line for each group
-  commands: RUNS                    a line for each run: how to make it again
   sample: GROUP                     what the first run of the group wrote
   search: search.jsonl              the tries of a search
   measured: FILE                    what a benchmark measured
@@ -19,9 +18,9 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
   recall: SVG | recall.json
 
-With | train.json at their end, compare and curves take seconds and memory from what `benchmark
-train` measured; without it pages show no seconds, for those of a run's own clock have in them what
-else the machine did.
+With | train.json at their end (in a command, --timing), compare, headline and curves take seconds
+and memory from what `benchmark train` measured. Without it there are no seconds: a run's own clock
+has in it what else the machine did.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalodon_enwik8.report import pictures, tables
-from megalodon_enwik8.report.runs import find_groups, match, one_group, untimed
+from megalodon_enwik8.report.runs import find_groups, match, one_group, timed
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main
 
 if TYPE_CHECKING:
@@ -47,9 +46,8 @@ MARKER = re.compile(r"<!-- (?:/(?P<end>[a-z]+)|(?P<word>[a-z]+): (?P<arguments>.
 # function takes the others and returns the figure.
 FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "compare": (tables.compare, "group group [timing]"),
-    "headline": (tables.headline, "file title group group ..."),
+    "headline": (tables.headline, "title group group ... [timing]"),
     "runs": (tables.runs, "runs"),
-    "commands": (tables.commands, "runs"),
     "sample": (tables.sample, "group"),
     "search": (tables.search, "files"),
     "measured": (tables.measured_tables, "file"),
@@ -66,9 +64,9 @@ def read_argument(kind: str, text: str, root: Path) -> Any:
     if kind in ("title", "numbers"):
         return text
     if kind == "group":
-        return untimed([one_group(text.split(), root)])[0]
+        return one_group(text.split(), root)
     if kind == "runs":
-        return untimed(find_groups(text.split(), root))
+        return find_groups(text.split(), root)
     found: list[Any] = []
     for path in (root / name for pattern in text.split() for name in match(pattern, root)):
         content = path.read_text(encoding="utf-8", errors="replace")
@@ -86,8 +84,8 @@ def make(word: str, texts: list[str], root: Path, drawn: dict[Path, Figure]) -> 
     if word not in FILLERS:
         raise UserError(f"no such marker; there are {', '.join(FILLERS)}")
     function, kinds = FILLERS[word][0], FILLERS[word][1].split()
-    if kinds[-1] == "...":
-        kinds = kinds[:1] + kinds[1:-1] * max(1, len(texts) // len(kinds[1:-1]))
+    if "..." in kinds:
+        kinds = kinds[:3] * max(1, len(texts) // 3) + kinds[4:]
     if len(texts) not in (len(kinds), len(kinds) - (kinds[-1] == "[timing]")):
         raise UserError(f"takes {' | '.join(kinds)}, not {len(texts)} of those")
     named = list(zip(kinds, texts, strict=False))
@@ -163,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder, or a glob")
     parser.add_argument("--picture", metavar="FILE", help="for the curves: .png, .svg, .pdf")
+    parser.add_argument("--timing", metavar="FILE", help="of `benchmark train`: seconds, memory")
     parser.add_argument("--fill", nargs="+", type=Path, metavar="PAGE")
     parser.add_argument("--check", nargs="+", type=Path, metavar="PAGE")
     options = parser.parse_args(argv)
@@ -174,10 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.picture:
         pictures.check_can_draw(options.picture)
     groups = find_groups(options.runs)
-    two = len(groups) == 2 and all(tables.with_same_seeds(groups[0], groups[1]))
-    print(tables.compare(groups[0], groups[1]) if two else tables.runs(groups))
+    timing = read_argument("timing", options.timing, Path()) if options.timing else None
+    ours, theirs = groups[0], groups[-1]
+    two = len(groups) == 2 and all(tables.with_same_seeds(ours, theirs))
+    print(tables.compare(ours, theirs, timing) if two else tables.runs(timed(groups, timing)))
     if options.picture:
-        pictures.save_picture(pictures.draw_curves(groups), options.picture)
+        pictures.save_picture(pictures.draw_curves(groups, timing), options.picture)
         print(f"drawn: {options.picture}")
     return 0
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalodon_enwik8.config import MODELS, bits_per_byte
-from megalodon_enwik8.report.runs import Group, group_names, seconds_compare, timed
+from megalodon_enwik8.report.runs import Group, group_names, timed
 from megalodon_enwik8.report.tables import common_steps
 from megalodon_enwik8.safety import UserError, atomic_write
 
@@ -70,30 +70,27 @@ def digest_of(path: Path) -> str | None:
 
 
 def draw_curves(groups: Sequence[Group], timing: dict[str, Any] | None = None) -> Figure:
-    """BPC against steps and, where those compare, seconds: a thin line for each run, a thick one
-    for the mean. The height is that of the last three quarters of the runs."""
-    groups = timed(groups, timing) if timing else groups
+    """BPC against steps and, with a benchmark, seconds: a thin line for each run, a thick one for
+    the mean. The height is that of the last three quarters of the runs."""
+    groups = timed(groups, timing)
     names = group_names(groups)
-    panels = {"step": "steps", "seconds": "seconds of training"}
-    if not seconds_compare(groups):
-        del panels["seconds"]
+    panels = ["steps", "seconds of training"] if timing else ["steps"]
     figure, all_axes = new_figure(1, len(panels), 3.8)
-    figure.set_label(f"BPC of {' and '.join(names)} against {' and '.join(panels.values())}")
+    figure.set_label(f"BPC of {' and '.join(names)} against {' and '.join(panels)}")
     late: list[float] = []  # the first steps would take the height that the end needs
     for name, group, color in zip(names, groups, itertools.cycle(COLORS), strict=False):
         steps = common_steps([group])
-        curves = [[point for point in run.points if point.step in steps] for run in group]
-        late += [
-            bits_per_byte(p.loss) for curve in curves for p in curve if p.step >= steps[-1] / 4
-        ]
-        for axes, key in zip(all_axes, panels, strict=True):
-            x = np.array([[getattr(point, key) for point in curve] for curve in curves])
-            y = np.array([[bits_per_byte(point.loss) for point in curve] for curve in curves])
-            if len(curves) > 1:
-                axes.plot(x.T, y.T, color=color, linewidth=0.7, alpha=0.5)
-            axes.plot(x.mean(0), y.mean(0), color=color, marker="o", markersize=3, label=name)
+        y = np.array([[bits_per_byte(run.losses[step]) for step in steps] for run in group])
+        late += y[:, [step >= steps[-1] / 4 for step in steps]].ravel().tolist()
+        x_of_panels = [list(map(float, steps))]
+        if timed_alike := group[0].timing:
+            x_of_panels.append(list(map(timed_alike.seconds, steps)))
+        for axes, x in zip(all_axes, x_of_panels, strict=True):
+            if len(group) > 1:
+                axes.plot(x, y.T, color=color, linewidth=0.7, alpha=0.5)
+            axes.plot(x, y.mean(0), color=color, marker="o", markersize=3, label=name)
     margin = 0.05 * (max(late) - min(late)) or 0.1
-    for axes, label in zip(all_axes, panels.values(), strict=True):
+    for axes, label in zip(all_axes, panels, strict=True):
         axes.set(xlabel=label, ylim=(min(late) - margin, max(late) + margin))
         axes.set_xlim(left=0)
     all_axes[0].set_ylabel("BPC on the validation windows")

@@ -8,10 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import yaml
 
 from megalodon_enwik8.config import (
@@ -23,12 +21,19 @@ from megalodon_enwik8.config import (
 from megalodon_enwik8.safety import UserError
 
 
-class Point(NamedTuple):
-    """A validation: after so many steps, and so many seconds of training."""
+@dataclass(frozen=True)
+class Timing:
+    """A run's steps as `benchmark train` measured them."""
 
-    step: int
-    seconds: float
-    loss: float  # nats per byte
+    first: float  # seconds, with its compilation
+    step: float
+
+    def seconds(self, steps: float) -> float:
+        """Of training, after so many steps."""
+        return self.first + (steps - 1) * self.step if steps else 0.0
+
+    def steps(self, seconds: float) -> float:
+        return 1 + max(0.0, seconds - self.first) / self.step
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,19 @@ class Run:
 
     path: Path  # as it was named
     config: dict[str, Any]  # with the schema's defaults for the keys that it lacks
-    environment: dict[str, Any]
     model: str  # as tables call it
     seed: int
     steps: int
     bytes_a_step: int
     text: str  # name and checksum
+    device: str
+    compiled: bool | str  # as the key compile has it, once auto has chosen
     parameters: int
-    points: tuple[Point, ...]  # the last at the end
-    step_seconds: float  # the median
+    losses: dict[int, float]  # by steps, in nats per byte; the last at the end
     peak_megabytes: float  # nan: unknown
     full_val_bpc: float  # of the whole validation split; nan: unknown
     sample: str
+    timing: Timing | None = None  # a run's own clock has in it what else the machine did
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -103,42 +109,29 @@ def _assemble(
         raise UserError(
             f"{folder}: not finished: {end['step'] + 1} of {steps} steps; go on with --resume"
         )
-    corpus = environment["corpus"]
-    bytes_a_step = config["batch_size"] * config["grad_accum_every"] * config["seq_len"]
-    points = [
-        # A validation comes before the step of its row, and a row counts its own step.
-        Point(
-            row["step"],
-            max(0.0, row["seconds"] - bytes_a_step / row.get("tokens_per_second", math.inf)),
-            row["val_loss"],
-        )
-        for row in rows
-        if row.get("val_loss") is not None
-    ]
-    numbers = np.array(points, dtype=float)
-    if not (np.isfinite(numbers).all() and (np.diff(numbers[:, :2], axis=0) >= 0).all()):
+    losses = {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
+    if not all(map(math.isfinite, losses.values())) or list(losses) != sorted(losses):
         raise ValueError("validations that are no numbers or not in their order")
-    if points[-1].step != steps:
+    if steps not in losses:
         raise ValueError("no validation at the end")
-    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
-    run = Run(
+    corpus, session = environment["corpus"], environment["sessions"][-1]
+    how = session.get("compile", "").partition(" ")[0]
+    return Run(
         path=folder,
         config=config,
-        environment=environment,
         model=config["model"].title(),
         seed=int(config["seed"]),
         steps=steps,
-        bytes_a_step=bytes_a_step,
+        bytes_a_step=int(config["batch_size"]) * config["grad_accum_every"] * config["seq_len"],
         text=f"{corpus['name']} ({corpus['sha256'][:16]})",
+        device=session["device"],
+        compiled="graphs" if how == "graphs" else how == "on",
         parameters=int(environment["parameters"]),
-        points=tuple(points),
-        step_seconds=bytes_a_step / median(speeds),
+        losses=losses,
         peak_megabytes=max(row.get("peak_memory_bytes") or 0 for row in rows) / 1e6 or math.nan,
         full_val_bpc=bits_per_byte(end.get("full_val_loss") or math.nan),
         sample=str(end.get("sample") or ""),
     )
-    _conditions(run)[0]  # an environment that lacks a part is found here
-    return run
 
 
 def find_groups(patterns: Iterable[str], root: Path = Path()) -> list[Group]:
@@ -195,51 +188,16 @@ def check_comparable(groups: Sequence[Group]) -> None:
                 )
 
 
-def timing_differences(groups: Iterable[Group]) -> str:
-    """In what the runs differ that seconds and memory depend on; empty if those compare."""
-    found = [each for group in groups for run in group for each in _conditions(run)]
-    return ", ".join(key for key in found[0] if len({each[key] for each in found}) > 1)
-
-
-def _conditions(run: Run) -> list[dict[str, str]]:
-    """Of each start of a run, or resumption."""
-    return [
-        {
-            "device": f"{session['device']}, {session.get('processor')}",
-            "threads": str(session["threads"]),
-            "version of PyTorch": str(session["torch"]),
-            "compilation": session.get("compile", "").partition(" ")[0],
-            "micro-batch": str(run.config["batch_size"]),
-            "gradient checkpointing": str(run.config["gradient_checkpointing"]),
-        }
-        for session in run.environment["sessions"]
-    ]
-
-
-def untimed(groups: Iterable[Group]) -> list[Group]:
-    """The groups without the seconds of their own clocks."""
-    return [tuple(replace(run, step_seconds=math.nan) for run in group) for group in groups]
-
-
-def seconds_compare(groups: Iterable[Group]) -> bool:
-    """Whether the groups have seconds, and those depend on nothing but the runs."""
-    groups = list(groups)
-    known = all(math.isfinite(run.step_seconds) for group in groups for run in group)
-    return known and not timing_differences(groups)
-
-
-def timed(groups: Iterable[Group], measured: dict[str, Any]) -> list[Group]:
-    """The groups with seconds and memory as `benchmark train` measured them, train.json, in place
-    of each run's own, which have in them what else the machine did."""
+def timed(groups: Iterable[Group], measured: dict[str, Any] | None) -> list[Group]:
+    """The groups with seconds and memory as `benchmark train` measured them, train.json."""
+    if measured is None:
+        return list(groups)
     return [tuple(_time(run, measured) for run in group) for group in groups]
 
 
 def _time(run: Run, measured: dict[str, Any]) -> Run:
     """Raises UserError for a run whose kind of step the benchmark has not measured."""
-    config = {**run.config, "step_bytes": run.bytes_a_step}
-    config["compile"] = {"on": True, "graphs": "graphs"}.get(
-        _conditions(run)[0]["compilation"], False
-    )
+    config = {**run.config, "step_bytes": run.bytes_a_step, "compile": run.compiled}
     keys = ("step_bytes", "seq_len", "chunk_size", "batch_size", "use_autocast", "compile")
     asked = {key: config[key] for key in keys if key in config}
     rows = [row for row in measured["rows"] if row | asked == row and config["model"] in row]
@@ -247,19 +205,8 @@ def _time(run: Run, measured: dict[str, Any]) -> Run:
         said = ", ".join(f"{key}={value}" for key, value in asked.items())
         raise UserError(f"{run.path}: the benchmark has no such step: {said}")
     figures = rows[0][config["model"]]
-    first, each = figures["first step, s"], figures["step, s"]
-    session = {key: measured.get(key) for key in ("device", "processor", "threads", "torch")}
-    points = [
-        point._replace(seconds=first + (point.step - 1) * each if point.step else 0.0)
-        for point in run.points
-    ]
-    return replace(
-        run,
-        points=tuple(points),
-        step_seconds=each,
-        peak_megabytes=figures["peak memory, MB"],
-        environment={**run.environment, "sessions": [session]},
-    )
+    timing = Timing(figures["first step, s"], figures["step, s"])
+    return replace(run, timing=timing, peak_megabytes=figures["peak memory, MB"])
 
 
 def differing_keys(groups: Sequence[Group]) -> list[str]:

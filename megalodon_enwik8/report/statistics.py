@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megalodon_enwik8.report.runs import Point
 from megalodon_enwik8.safety import UserError
 
 
@@ -39,19 +38,16 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def loss_after(points: Sequence[Point], seconds: float) -> float:
-    """The loss on the straight line between two validations; beyond the ends, theirs."""
-    return float(np.interp(seconds, [p.seconds for p in points], [p.loss for p in points]))
+def loss_after(losses: Mapping[int, float], steps: float) -> float:
+    """On the straight line between two validations; beyond the ends, theirs."""
+    return float(np.interp(steps, list(losses), list(losses.values())))
 
 
-def first_reach(points: Sequence[Point], loss: float) -> tuple[float, float] | None:
-    """Steps and seconds after which the loss is first as low as `loss`; None if it never is."""
-    index = next((i for i, point in enumerate(points) if point.loss <= loss), None)
-    if index is None:
+def first_reach(losses: Mapping[int, float], loss: float) -> float | None:
+    """Steps after which the loss is first as low as `loss`; None if it never is."""
+    steps = list(losses)
+    after = next((i for i, step in enumerate(steps) if losses[step] <= loss), None)
+    if after is None:
         return None
-    after, before = points[index], points[max(0, index - 1)]
-    ends = [after.loss, before.loss]
-    return (
-        float(np.interp(loss, ends, [after.step, before.step])),
-        float(np.interp(loss, ends, [after.seconds, before.seconds])),
-    )
+    ends = [steps[after], steps[max(0, after - 1)]]
+    return float(np.interp(loss, [losses[step] for step in ends], ends))

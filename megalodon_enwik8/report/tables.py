@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from megalodon_enwik8.config import bits_per_byte
@@ -15,9 +14,7 @@ from megalodon_enwik8.report.runs import (
     check_comparable,
     differing_keys,
     group_names,
-    seconds_compare,
     timed,
-    timing_differences,
 )
 from megalodon_enwik8.report.statistics import estimate, first_reach, loss_after, paired
 from megalodon_enwik8.safety import UserError
@@ -67,29 +64,31 @@ def quantities(groups: Sequence[Group]) -> dict[str, tuple[Quantity, int]]:
     }
     if len({group[0].steps for group in groups}) == 1:
         found["BPC of the whole split"] = (attrgetter("full_val_bpc"), 4)
-    if seconds_compare(groups):
-        found["a step, s"] = (attrgetter("step_seconds"), 3)
-    if not timing_differences(groups):
+    runs = [run for group in groups for run in group]
+    if all(run.timing for run in runs):
+        found["a step, s"] = (attrgetter("timing.step"), 3)
+    if len({run.device for run in runs}) == 1 or all(run.timing for run in runs):
         found["peak memory, MB"] = (attrgetter("peak_megabytes"), 0)
     return found
 
 
 def loss_at(step: int) -> Quantity:
-    return lambda run: {point.step: point.loss for point in run.points}[step]
+    return lambda run: run.losses[step]
 
 
 def bpc_at(step: int) -> Quantity:
-    return lambda run: bits_per_byte(loss_at(step)(run))
+    return lambda run: bits_per_byte(run.losses[step])
 
 
 def bpc_after(seconds: float) -> Quantity:
-    return lambda run: bits_per_byte(loss_after(run.points, seconds))
+    """Of a run that is timed."""
+    return lambda run: bits_per_byte(loss_after(run.losses, run.timing.steps(seconds)))  # type: ignore[union-attr]
 
 
 def common_steps(groups: Iterable[Group]) -> list[int]:
     """The steps after which all runs were validated."""
     runs = [run for group in groups for run in group]
-    steps = set.intersection(*({point.step for point in run.points} for run in runs))
+    steps = set.intersection(*(set(run.losses) for run in runs))
     if not steps:
         raise UserError(f"{runs[0].path} and others: no step after which all were validated")
     return sorted(steps)
@@ -134,24 +133,15 @@ def seeds(group: Group) -> str:
     return ", ".join(str(run.seed) for run in group)
 
 
-def note(groups: Sequence[Group]) -> list[str]:
-    """Why a table lacks seconds and memory."""
-    unlike = timing_differences(groups)
-    return [f"Seconds and memory do not compare: not the same {unlike}."] if unlike else []
-
-
 def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) -> str:
     """Two groups at equal steps, at equal seconds and in what they take; then step by step."""
-    ours, theirs = timed([ours, theirs], timing) if timing else (ours, theirs)
-    pair = pair_up(ours, theirs)
+    pair = pair_up(*timed([ours, theirs], timing))
     names = group_names(pair)
     head = [*names, "difference", "95 % interval", "relative"]
     rows = [row(title, *pair, *quantity) for title, quantity in quantities(pair).items()]
-    if seconds_compare(pair):
-        seconds = min(run.points[-1].seconds for group in pair for run in group)
-        title = f"BPC after {seconds:,.0f} s of training"
-        rows.append(row(title, *pair, bpc_after(seconds), 4))
-    for unit in ("steps", "seconds") if seconds_compare(pair) else ("steps",):
+    if timing:
+        rows.append(same_seconds("BPC", pair))
+    for unit in ("steps", "seconds") if timing else ("steps",):
         reached = [_reach(unit, *pair), _reach(unit, *reversed(pair))]
         rows.append([f"{unit} to the other's final loss", *reached, NONE, NONE, NONE])
     each = [
@@ -159,41 +149,51 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
         for step in common_steps(pair)
     ]
     by_step = table(["loss after steps", *head, *(f"{name}, BPC" for name in names)], each)
-    return "\n\n".join([table([f"seeds {seeds(pair[0])}", *head], rows), *note(pair), by_step])
+    return "\n\n".join([table([f"seeds {seeds(pair[0])}", *head], rows), by_step])
+
+
+def same_seconds(title: str, pair: tuple[Group, Group]) -> list[str]:
+    """BPC after as much training as the faster group took."""
+    ends = [run.timing.seconds(run.steps) for group in pair for run in group if run.timing]
+    return row(f"{title} after {min(ends):,.0f} s of training", *pair, bpc_after(min(ends)), 4)
 
 
 def _reach(unit: str, ours: Group, theirs: Group) -> str:
     """Steps or seconds that a run needs for the loss with which the other of its seed ends."""
-    ends = [run.points[-1].loss for run in theirs]
-    found = [first_reach(run.points, end) for run, end in zip(ours, ends, strict=True)]
-    reached = [place[unit == "seconds"] for place in found if place is not None]
+    found = [
+        (run, first_reach(run.losses, other.losses[other.steps]))
+        for run, other in zip(ours, theirs, strict=True)
+    ]
+    reached = [
+        run.timing.seconds(steps) if unit == "seconds" and run.timing else steps
+        for run, steps in found
+        if steps is not None
+    ]
     missing = len(found) - len(reached)
     return f"not reached by {missing} of {len(found)}" if missing else spread(reached, 0)
 
 
-def headline(timing: dict[str, Any], *arguments: Any) -> str:
-    """A row for each title, group and group: their BPC at the end of what all of the two did. The
-    first two groups also have their parameters, and seconds and memory from a benchmark."""
-    triples = list(zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True))
+def headline(*arguments: Any) -> str:
+    """A row for each title, group and group: their BPC at the end of what all of the two did. With
+    a benchmark behind them also, of the first two groups, parameters, BPC after the same seconds,
+    and what a step takes."""
+    *pairs, timing = arguments if len(arguments) % 3 else (*arguments, None)
     rows = []
-    for title, *groups in triples:
+    for title, *groups in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True):
         check_comparable(groups)
         pair = pair_up(*groups)
-        a, b, *gap = row(title, *pair, bpc_at(common_steps(pair)[-1]), 4)[1:]
-        rows.append([title, seeds(pair[0]), a, b, *gap])
-    title, *groups = triples[0]
-    pair = pair_up(*timed(groups, timing))
-    seconds = min(run.points[-1].seconds for group in pair for run in group)
-    shown = quantities(pair)
-    timed_rows = [
-        row("parameters", *pair, *shown["parameters"]),
-        row(f"{title}, after {seconds:,.0f} s", *pair, bpc_after(seconds), 4),
-        row(f"a step, s, {timing['device']}", *pair, *shown["a step, s"]),
-        row("peak memory there, MB", *pair, *shown["peak memory, MB"]),
-    ]
-    rows[1:1] = [[name, seeds(pair[0]), *cells] for name, *cells in timed_rows]
-    names = [group[0].model for group in pair]
-    return table(["BPC", "seeds", *names, "difference", "95 % interval", "relative"], rows)
+        rows.append((pair, row(title, *pair, bpc_at(common_steps(pair)[-1]), 4)))
+    if timing:
+        pair = pair_up(*timed(pairs[1:3], timing))
+        shown = quantities(pair)
+        rows.insert(0, (pair, row("parameters", *pair, *shown["parameters"])))
+        rows.insert(2, (pair, same_seconds(pairs[0] + ",", pair)))
+        taken = [row("", *pair, *shown[key]) for key in ("a step, s", "peak memory, MB")]
+        both = [f"{step}; {memory}" for step, memory in zip(*taken, strict=True)]
+        rows.append((pair, ["a step, s; peak memory, MB", *both[1:4], NONE, both[5]]))
+    names = [group[0].model for group in rows[0][0]]
+    head = ["BPC", "seeds", *names, "difference", "95 % interval", "relative"]
+    return table(head, [[cells[0], seeds(pair[0]), *cells[1:]] for pair, cells in rows])
 
 
 def runs(groups: Sequence[Group]) -> str:
@@ -216,19 +216,7 @@ def runs(groups: Sequence[Group]) -> str:
         "relative": [gap[2] for gap in gaps],
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) != {NONE}}
-    return "\n\n".join([table(list(columns), zip(*columns.values(), strict=True)), *note(groups)])
-
-
-def commands(groups: Iterable[Group]) -> str:
-    """A line for each run: how to make it again, and what made it."""
-    rows = []
-    for run in (run for group in groups for run in group):
-        folder = Path("runs", "again", *run.path.parts[-2:])
-        again = f"--config {run.path / 'config.yaml'} run_dir={folder}"
-        sessions = run.environment["sessions"]
-        made = [", ".join(str(s.get(key))[:12] for s in sessions) for key in ("commit", "torch")]
-        rows.append([f"`python train.py {again}`", f"{run.steps:,}", *made])
-    return table(["command", "steps", "made by commit", "PyTorch"], rows)
+    return table(list(columns), zip(*columns.values(), strict=True))
 
 
 def sample(group: Group) -> str:

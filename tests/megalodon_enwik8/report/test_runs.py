@@ -19,7 +19,6 @@ from megalodon_enwik8.report.runs import (
     group_names,
     one_group,
     read_run,
-    timing_differences,
 )
 from megalodon_enwik8.safety import UserError
 
@@ -32,10 +31,8 @@ ROOT = Path(__file__).parents[3]
 def test_a_run_is_read_as_training_wrote_it(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", seed=8))
     assert (run.seed, run.steps, run.parameters, run.bytes_a_step) == (8, 400, 1000, 8192)
-    assert [point.step for point in run.points] == [0, 100, 200, 300, 400]
-    # A validation comes before the step whose seconds its row counts.
-    assert [point.seconds for point in run.points] == [0, 200, 400, 600, 800]
-    assert (run.points[-1].loss, run.step_seconds, run.peak_megabytes) == (1.0, 2.0, 300.0)
+    assert run.losses == {0: 3.0, 100: 2.5, 200: 2.0, 300: 1.5, 400: 1.0}
+    assert (run.device, run.compiled, run.peak_megabytes) == ("cpu (2 of 2 cores)", False, 300.0)
     assert run.full_val_bpc == pytest.approx(1.1 / 0.6931472)
 
 
@@ -116,22 +113,6 @@ def test_losses_of_different_things_do_not_stand_in_one_table(
     check_comparable(find_groups([str(runs[0])]))
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"session": {"device": "cuda (H100)"}}, "device"),
-        ({"session": {"threads": 4}}, "threads"),
-        ({"session": {"torch": "2.12.0"}}, "version of PyTorch"),
-        ({"batch_size": 8, "grad_accum_every": 2}, "micro-batch"),
-    ],
-)
-def test_what_seconds_depend_on_is_told(tmp_path: Path, change: dict[str, Any], key: str) -> None:
-    make_run(tmp_path / "a", "llama")
-    make_run(tmp_path / "b", **change)
-    assert timing_differences(find_groups(["a"], tmp_path)) == ""
-    assert timing_differences(find_groups(["*"], tmp_path)) == key
-
-
 def test_one_recipe_and_seed_twice_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +167,6 @@ def test_a_run_folder_that_is_not_whole_is_refused_in_a_line(
         ({"end": {"train_loss": 1.0}}, "not finished"),
         ({"end": {"val_loss": None}}, "no validation at the end"),
         ({"end": {"val_loss": float("nan")}}, "no numbers or not in their order"),
-        ({"end": {"seconds": 1.0}}, "no numbers or not in their order"),
         ({"end": {"full_val_loss": "low"}}, "damaged"),
     ],
 )

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_enwik8.report.runs import Point
 from megalodon_enwik8.report.statistics import estimate, first_reach, loss_after, paired
 from megalodon_enwik8.report.tables import signed, spread
 
@@ -31,30 +30,26 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert gap.deviation == pytest.approx(0.1 * math.sqrt(2))
 
 
-curves = st.lists(
-    st.tuples(st.integers(1, 500), st.floats(0.1, 1e4), st.floats(0.5, 8)), min_size=1, max_size=9
+@given(
+    st.dictionaries(st.integers(1, 500), st.floats(0.5, 8), max_size=9),
+    st.floats(0.5, 8),
+    st.floats(0, 1),
 )
-
-
-@given(curves, st.floats(0.5, 8), st.floats(0, 1))
 def test_a_curve_is_read_on_the_straight_lines_between_its_points(
-    pieces: list[tuple[int, float, float]], target: float, share: float
+    found: dict[int, float], target: float, share: float
 ) -> None:
-    points = [Point(0, 0.0, 6.0)]
-    for steps, seconds, loss in pieces:
-        points.append(Point(points[-1].step + steps, points[-1].seconds + seconds, loss))
-    for a, b in itertools.pairwise(points):
-        between = loss_after(points, a.seconds + share * (b.seconds - a.seconds))
-        assert between == pytest.approx(a.loss + share * (b.loss - a.loss), abs=1e-6)
-    assert loss_after(points, points[-1].seconds + 1) == points[-1].loss
-    reached = first_reach(points, target)
-    if reached is None:
-        assert min(point.loss for point in points) > target
+    losses = {0: 6.0, **dict(sorted(found.items()))}
+    for (a, loss_a), (b, loss_b) in itertools.pairwise(losses.items()):
+        between = loss_after(losses, a + share * (b - a))
+        assert between == pytest.approx(loss_a + share * (loss_b - loss_a), abs=1e-6)
+    assert loss_after(losses, 501) == list(losses.values())[-1]
+    steps = first_reach(losses, target)
+    if steps is None:
+        assert min(losses.values()) > target
     else:
-        step, seconds = reached
-        assert 0 <= step <= points[-1].step
-        assert loss_after(points, seconds) == pytest.approx(min(target, 6.0), abs=1e-6)
-        assert all(point.loss > target for point in points if point.step < math.floor(step))
+        assert 0 <= steps <= max(losses)
+        assert loss_after(losses, steps) == pytest.approx(min(target, 6.0), abs=1e-6)
+        assert all(loss > target for step, loss in losses.items() if step < math.floor(steps))
 
 
 def test_numbers_are_written_with_one_sign_and_no_negative_zero() -> None:
