@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import os
-import stat
 import sys
 import time
 import zlib
@@ -76,8 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(options: argparse.Namespace) -> bytes:
-    """The prompt's bytes, from an option, a file, stdin or DEFAULT_PROMPT; a UserError if the
-    place holds none."""
+    """The prompt's bytes, from an option, a file, stdin or, where that has none, DEFAULT_PROMPT; a
+    UserError if the place holds none."""
     if options.prompt is not None:
         prompt, source = os.fsencode(options.prompt), "--prompt"
     elif options.prompt_file is not None or options.prompt_gzip is not None:
@@ -89,23 +88,15 @@ def read_prompt(options: argparse.Namespace) -> bytes:
                 prompt = file.read(count)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{source}: cannot be read: {error}") from None
-    elif not _is_piped_in():
+    elif sys.stdin is None or sys.stdin.isatty():
         return DEFAULT_PROMPT
     else:
-        prompt, source = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "stdin"
+        prompt, source = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1) or DEFAULT_PROMPT, "stdin"
     if not prompt:
         raise UserError(f"the prompt from {source} is empty: give at least one byte to continue")
     if len(prompt) > MAX_PROMPT_BYTES:
         raise UserError(f"the prompt from {source} is longer than {MAX_PROMPT_BYTES} bytes")
     return prompt
-
-
-def _is_piped_in() -> bool:
-    """Whether stdin is a pipe or a file, and not a terminal, /dev/null or closed."""
-    try:
-        return not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
-    except (AttributeError, OSError, ValueError):
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megalodon_enwik8.models import restore_model
 
     device = choose_device()
-    path = Path(options.checkpoint)
-    model = restore_model(load_checkpoint(path), path)
+    model = restore_model(load_checkpoint(Path(options.checkpoint)))
     model.to(device)  # type: ignore[arg-type]
 
     def write(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 from transformers import PreTrainedModel
 
@@ -54,9 +54,9 @@ import the same library.
 """
 
 
-def model_card(model: PreTrainedModel, checkpoint: Checkpoint, path: Path) -> str:
-    """The model card of a model and the checkpoint, read from `path`, that it was made of."""
-    config = checkpoint.experiment(path)
+def model_card(model: PreTrainedModel, checkpoint: Checkpoint) -> str:
+    """The model card of a model and the checkpoint that it was made of."""
+    config = checkpoint.config
     text = named_text(config.data_path)
     description, licence = TEXTS.get(text, UNKNOWN)
     return CARD.format(
@@ -71,20 +71,18 @@ def model_card(model: PreTrainedModel, checkpoint: Checkpoint, path: Path) -> st
         length=config.seq_len,
         sha256=checkpoint.corpus_sha256,
         licence=licence,
-        results=_results(config, find_row(checkpoint, path)),
+        results=_results(config, find_row(checkpoint)),
     )
 
 
-def find_row(checkpoint: Checkpoint, path: Path) -> Row:
-    """What the run's metrics.jsonl says of the weights of a checkpoint that was read from `path`;
-    empty where it does not lie in its own run's folder."""
-    try:
-        if load_config(path.with_name("config.yaml")).used() != checkpoint.config:
-            return {}
-    except (OSError, UserError):
-        return {}
-    rows = read_metrics(path.with_name("metrics.jsonl"))
-    return next((row for row in rows if row["step"] == checkpoint.step), {})
+def find_row(checkpoint: Checkpoint) -> Row:
+    """What the run's metrics.jsonl says of the weights of a checkpoint; empty where it does not lie
+    in its own run's folder."""
+    with contextlib.suppress(OSError, UserError):
+        if load_config(checkpoint.path.with_name("config.yaml")) == checkpoint.config:
+            rows = read_metrics(checkpoint.path.with_name("metrics.jsonl"))
+            return next((row for row in rows if row["step"] == checkpoint.step), {})
+    return {}
 
 
 def _results(config: ExperimentConfig, row: Row) -> str:

@@ -41,7 +41,7 @@ def write_checkpoint(path: Path, config: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_checkpoint(path, Checkpoint(config.used(), 3, "", {}, model.state_dict(), None))
+    save_checkpoint(path, Checkpoint(config, 3, "", {}, model.state_dict(), None))
     return path
 
 
@@ -77,7 +77,7 @@ def test_the_folder_holds_the_model_and_its_tokenizer(
     assert re.fullmatch(r".*here: \w+ForCausalLM after 3 steps, [\d,]+ parameters\n", out)
     assert err == ""
     assert {path.name for path in folder.iterdir()} == files_of(model_name)
-    expected = restore_model(load_checkpoint(checkpoint), checkpoint)
+    expected = restore_model(load_checkpoint(checkpoint))
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.randint(0, 256, (2, 20))
     assert type(model) is type(expected)
@@ -104,7 +104,7 @@ def test_byte_0_ends_what_an_export_writes_and_what_a_checkpoint_writes_it_does_
     options = {"max_new_tokens": 5, "do_sample": False, "sequence_bias": {(0,): 1e6}}
     options["attention_mask"] = torch.ones_like(ids)
     assert model.generate(ids, **options).tolist() == [[97, 98, 0]]
-    before = restore_model(load_checkpoint(checkpoint), checkpoint)
+    before = restore_model(load_checkpoint(checkpoint))
     assert before.generate(ids, **options).tolist() == [[97, 98, 0, 0, 0, 0, 0]]
 
 
@@ -237,7 +237,7 @@ def test_mistakes_are_one_line_and_code_2(
         ([checkpoint, target, "--force"], "unrecognized arguments: --force"),
         ([tmp_path / "none.pt", target], "no such checkpoint"),
         ([tmp_path / "run", target], "no such checkpoint"),
-        ([truncated, target], "truncated, damaged, of a newer version or not a ch"),
+        ([truncated, target], "truncated, damaged, of another version or not a ch"),
         ([checkpoint, truncated], "Not a directory: mend that"),
         ([checkpoint, truncated / "below"], "Not a directory: mend that"),
         ([checkpoint, truncated.parent / "run"], "holds final.pt: name a new or an empty folder"),
