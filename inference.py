@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megalodon_enwik8.safety import Parser, UserError, number, run_main, whole_number
@@ -112,10 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = restore_model(load_checkpoint(Path(options.checkpoint)))
     model.to(device)  # type: ignore[arg-type]
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
+    write = partial(print, end="", flush=True)
     began = time.perf_counter()
     generate_bytes(
         model,
@@ -128,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         streamer=ByteStreamer(write),
     )
     seconds = time.perf_counter() - began
-    write("\n")
+    print()
     print(
         f"{options.max_length} bytes after a prompt of {len(prompt)} in {seconds:.1f} s: "
         f"{options.max_length / seconds:.1f} tokens per second",

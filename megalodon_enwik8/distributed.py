@@ -53,8 +53,7 @@ class World:
         if size % chunk_parallel:
             raise UserError(
                 f"chunk_parallel={chunk_parallel}: needs a multiple of {chunk_parallel} processes, "
-                f"as in torchrun --nproc_per_node={chunk_parallel}, and there "
-                f"{'is one' if size == 1 else f'are {size}'}"
+                f"as in torchrun --nproc_per_node={chunk_parallel}"
             )
         self.along_data = (rank // chunk_parallel, size // chunk_parallel)
         self.along_time = (rank % chunk_parallel, chunk_parallel)

@@ -259,9 +259,6 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
         options.data_path or config.data_path,
         options.data_bytes if options.data_path else config.data_bytes,
     )
-    known = corpus.sha256 == checkpoint.corpus_sha256
-    if not known and options.data_path is None:
-        print(f"{config.data_path} is not the text that {path} was trained on", file=sys.stderr)
     text: Bytes = getattr(corpus, options.split)
     how = _how_to_read(options, config, len(text))
     began = time.perf_counter()
@@ -277,7 +274,7 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
         "use_autocast": config.use_autocast,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
-        "trained_on_this_corpus": known,
+        "trained_on_this_corpus": corpus.sha256 == checkpoint.corpus_sha256,
         "split": options.split,
         "reading": how,
         "predicted": int(score.predicted.sum()),

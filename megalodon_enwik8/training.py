@@ -72,11 +72,8 @@ def train(
         if world.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
             resume, overwrite = NEWEST, False
         folder = RunFolder(config.run_dir)
-        goes_on_here = resume is not None and (
-            resume == NEWEST or Path(resume).resolve().parent == folder.path.resolve()
-        )
         if world.is_main:
-            stack.enter_context(folder.held(may_hold_a_run=overwrite or goes_on_here))
+            stack.enter_context(folder.held(may_hold_a_run=overwrite or resume is not None))
         world.wait()
         return _train(config, folder, world, resume)
 
@@ -103,8 +100,6 @@ def _train(
     trainer = Trainer(config, folder, corpus, model, world)
     if found is not None:
         trainer.restore(found)
-    elif resume is not None:
-        print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
     environment = {
         "corpus": {
             "name": corpus.name,

@@ -67,11 +67,11 @@ def test_weights_are_a_function_of_the_seed(make_tiny: Any, model_name: str) -> 
 
 def test_loss_is_that_of_the_next_byte(make_tiny: Any, model_name: str) -> None:
     model = build_model(make_tiny(model_name)).eval()
-    rows = torch.randint(256, (3, 21))
+    batch = torch.randint(256, (3, 21))
     with torch.no_grad():
-        log_p = model(rows[:, :-1]).logits.log_softmax(-1)
-        expected = -sum(log_p[b, t, rows[b, t + 1]] for b in range(3) for t in range(20))
-        torch.testing.assert_close(byte_losses(model, rows).sum(), expected)
+        log_p = model(batch[:, :-1]).logits.log_softmax(-1)
+        expected = -sum(log_p[b, t, batch[b, t + 1]] for b in range(3) for t in range(20))
+        torch.testing.assert_close(byte_losses(model, batch).sum(), expected)
 
 
 def test_tied_and_untied_output_matrices(make_tiny: Any) -> None:
@@ -130,11 +130,11 @@ def test_fan_in_draws_either_model_alike(make_tiny: Any, model_name: str, tied: 
 
 
 def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny: Any) -> None:
-    rows = torch.randint(256, (2, 20))
+    batch = torch.randint(256, (2, 20))
     fused, written_out = (build_model(make_tiny("llama", flash_attn=on)) for on in (True, False))
     assert written_out.config._attn_implementation == "eager"
     # Two orders of summation in float32.
-    torch.testing.assert_close(fused(rows).logits, written_out(rows).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused(batch).logits, written_out(batch).logits, rtol=1e-4, atol=1e-5)
 
 
 class CountMatrixProducts(TorchDispatchMode):
@@ -152,7 +152,7 @@ class CountMatrixProducts(TorchDispatchMode):
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
     make_tiny: Any, model_name: str
 ) -> None:
-    rows = torch.randint(256, (2, 25))
+    batch = torch.randint(256, (2, 25))
     gradients, products = [], []
     for enabled in (False, True):
         model = build_model(
@@ -160,7 +160,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
         ).train()
         torch.manual_seed(1)
         with CountMatrixProducts() as counter:
-            byte_losses(model, rows).sum().backward()
+            byte_losses(model, batch).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         products.append(counter.count)
     assert products[1] > products[0]
@@ -236,7 +236,7 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
     make_tiny: Any, model_name: str, autocast: bool
 ) -> None:
     torch._dynamo.reset()
-    rows = torch.randint(256, (2, 25))
+    batch = torch.randint(256, (2, 25))
     model: Any = None
 
     def gradients(config: ExperimentConfig) -> list[torch.Tensor]:
@@ -244,7 +244,7 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
         model = build_model(config).train()
         compile_layers(model, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = byte_losses(model, rows).sum()
+            loss = byte_losses(model, batch).sum()
         loss.backward()
         return [parameter.grad for parameter in model.parameters()]
 

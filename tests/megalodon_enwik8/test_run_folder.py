@@ -98,15 +98,15 @@ def test_best_weights_are_kept_in_a_folder_that_goes_on_from_another(
     assert (tmp_path / "here" / "best.pt").exists()
 
 
-def test_a_checkpoint_of_another_folder_does_not_replace_the_run_that_is_here(
+def test_a_checkpoint_of_another_folder_leaves_the_run_that_is_here_under_another_name(
     make_tiny: Any, tmp_path: Path
 ) -> None:
     here, other = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "other"))
     assert train(here) == train(other) == 0
     before = files_of(Path(here.run_dir))
-    with pytest.raises(UserError, match=r"holds a run already; .* or choose another run_dir="):
-        train(here, resume=Path(other.run_dir) / "checkpoint_00000002.pt")
-    assert files_of(Path(here.run_dir)) == before
+    assert train(here, resume=Path(other.run_dir) / "checkpoint_00000002.pt") == 0
+    assert [files_of(aside) for aside in asides(Path(here.run_dir))] == [before]
+    assert_same_ending(here, other)
 
 
 def resume_and_report(config: ExperimentConfig, outcomes: Any) -> None:
