@@ -71,8 +71,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content["config"] = make_config(content["config"], "its config")
         return Checkpoint(**content, path=path)
     except Exception as error:  # zipfile and pickle raise whatever the damage leads them to
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path}: truncated, damaged, of another version or not a checkpoint of train.py: it "
-            f"was not loaded; name another .pt file of the run folder ({reason})"
+            f"was not loaded; name another .pt file of the run folder ({error})"
         ) from error

@@ -255,7 +255,7 @@ def make_config(values: Mapping[str, Any], where: str) -> ExperimentConfig:
         first = error.errors()[0]
         if first["loc"]:
             key = str(first["loc"][0])
-            shown = " ".join(str(values.get(key)).split())
+            shown = str(values.get(key))
             message = f"{key}={shown if len(shown) < 60 else shown[:57] + '...'}: {first['msg']}"
         else:  # of _check_combinations, which names key and value
             message = str(first["ctx"]["error"])
@@ -286,7 +286,7 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
     except Exception as error:  # PyYAML's constructors meet odd values with errors of many kinds
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        reason = " ".join(str(getattr(error, "problem", error)).split())
+        reason = getattr(error, "problem", error)
         raise UserError(f"{where}: {line}not valid YAML: {reason}") from None
 
 

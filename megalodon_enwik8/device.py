@@ -13,7 +13,7 @@ import torch
 
 from megalodon_enwik8.safety import UserError
 
-if sys.platform != "win32":
+if sys.platform == "darwin":
     import resource
 
 
@@ -73,14 +73,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage would report the parent's peak where that was higher: exec does not reset it.
     status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would report the parent's peak where that was higher: exec does not reset it.
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # the other Unixes count in KiB
+    if not status.exists():
+        return None
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -124,14 +124,11 @@ class World:
     @contextmanager
     def sharing_time(self, model: PreTrainedModel) -> Iterator[None]:
         """While the block runs, sequences come in parts."""
-        if self.time_group is None:
+        with ExitStack() as stack:
+            if self.time_group is not None:
+                model.set_time_group(self.time_group)  # type: ignore[operator]
+                stack.callback(model.set_time_group, None)  # type: ignore[arg-type]
             yield
-            return
-        model.set_time_group(self.time_group)  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            model.set_time_group(None)  # type: ignore[operator]
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Over all."""

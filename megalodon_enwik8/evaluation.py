@@ -305,11 +305,8 @@ def _how_to_read(
     """The arguments of the scoring function. Raises UserError where they cannot be."""
     if options.stream:
         streams = options.streams or 1
-        chunks = TOKENS_PER_BATCH // streams // config.chunk_size  # whole ones
-        how = {
-            "streams": streams,
-            "piece": options.piece or config.chunk_size * max(1, chunks),
-        }
+        piece = options.piece or max(config.chunk_size, TOKENS_PER_BATCH // streams)
+        how = {"streams": streams, "piece": piece}
     else:
         context = options.context or config.seq_len
         how = {"context": context, "stride": options.stride or context}

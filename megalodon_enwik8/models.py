@@ -166,9 +166,8 @@ def load_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     try:
         model.load_state_dict(checkpoint.model_state)
     except (RuntimeError, AttributeError, TypeError) as error:  # some may be no tensors
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{checkpoint.path}: its weights do not fit its own config: {reason}"
+            f"{checkpoint.path}: its weights do not fit its own config: {error}"
         ) from error
 
 

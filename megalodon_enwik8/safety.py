@@ -24,6 +24,9 @@ from filelock import FileLock, Timeout
 class UserError(Exception):
     """A user's mistake. The message is one line that names the thing and the remedy."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())[:800]  # what a library says may be long
+
 
 def run_main(
     main: Callable[[], int | None], out_of_memory: str = "use smaller numbers"

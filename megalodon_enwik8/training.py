@@ -398,9 +398,8 @@ class Trainer:
                     raise ValueError("moments of other weights")
             self.progress = TypeAdapter(Progress).validate_python(checkpoint.progress)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{checkpoint.path}: its optimizer or progress is damaged: {reason}"
+                f"{checkpoint.path}: its optimizer or progress is damaged: {error}"
             ) from error
         self.step = checkpoint.step
 
