@@ -160,9 +160,9 @@ class ExperimentConfig(BaseModel):
         parts = self.chunk_parallel
         if parts > 1 and (self.model == "llama" or self.seq_len % (parts * self.chunk_size)):
             raise ValueError(
-                f"chunk_parallel={parts}: is for a Megalodon whose seq_len={self.seq_len} is that "
-                f"many parts of whole chunks of chunk_size={self.chunk_size}; a Llama attends to a "
-                "whole sequence, and has shard"
+                f"chunk_parallel={parts}: seq_len={self.seq_len} must be that many parts of whole "
+                f"chunks of chunk_size={self.chunk_size}, and the model a Megalodon; a Llama "
+                "attends to a whole sequence, and has shard"
             )
         if self.compile == "graphs" and (self.grad_accum_every > 1 or self.gradient_checkpointing):
             raise ValueError(

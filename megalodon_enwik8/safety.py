@@ -117,7 +117,7 @@ def number(
             if at_least <= kind(text) <= at_most:
                 return kind(text)
         name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {at_least} to {at_most}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} >= {at_least}, <= {at_most}")
 
     return convert
 

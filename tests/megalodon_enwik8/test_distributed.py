@@ -144,7 +144,7 @@ def test_a_split_is_scored_the_same_by_several(how: list[str], folder: Path) -> 
 MISTAKES = {
     "chunk_parallel=3": (
         2,
-        "chunk_parallel=3: is for a Megalodon whose seq_len=64 is that",
+        "chunk_parallel=3: seq_len=64 must be that many parts of whole",
     ),
     "chunk_parallel=2": (3, "chunk_parallel=2: needs a multiple of 2 processes"),
     "grad_accum_every=7": (2, "batch_size x grad_accum_every=7: must be a multiple of the 2"),
@@ -195,7 +195,7 @@ def test_a_process_without_a_device_of_its_own_is_refused(
 
 def test_a_llama_has_no_parts_along_time(folder: Path) -> None:
     (folder / "llama.yaml").write_text("model: llama\n")
-    with pytest.raises(UserError, match=r"a Llama attends to a whole sequence, and has shard"):
+    with pytest.raises(UserError, match="a Llama attends to a whole sequence, and has shard"):
         load_config("llama.yaml", ["chunk_parallel=2"])
 
 

@@ -134,14 +134,14 @@ def test_what_the_evaluation_refuses_is_one_line(
     cases: dict[tuple[object, ...], str] = {
         (): "the following arguments are required: checkpoint",
         (tmp_path / "none.pt",): "none.pt: no such checkpoint",
-        (llama, "--context", 0): "argument --context: '0' is not a whole number from 1 to ",
+        (llama, "--context", 0): "argument --context: '0' is not a whole number >= 1",
         (llama, "--context", 9, "--stride", 10): "--stride 10: must be at most --context 9",
         (llama, "--stream"): "a Llama has no state of fixed size to carry: its memory "
         "of a text grows with every byte; give it windows of the text, as --context N does",
         (megalodon, "--stream", "--context", 9): "--stream has no --context and no --stride",
         (megalodon, "--piece", 9): "--streams and --piece are for --stream: add it",
         (megalodon, "--stream", "--streams", 2000): "the val split has 2000 bytes: too few",
-        (megalodon, "--stream", "--streams", 0): "'0' is not a whole number from 1 to ",
+        (megalodon, "--stream", "--streams", 0): "'0' is not a whole number >= 1",
         (megalodon, "--data-path", tmp_path / "two"): "val split has 1 bytes: too few",
         (megalodon, "--data-path", tmp_path / "no"): "no: no such file",
         (megalodon, "--data-bytes", 9): "--data-bytes is for --data-path",

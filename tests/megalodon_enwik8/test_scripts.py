@@ -201,13 +201,13 @@ def test_what_inference_refuses_is_one_line(
         (weights.parent, *p): "no such checkpoint; ",
         (tmp_path / "none.pt", *p): "none.pt: no such checkpoint",
         (cut, *p): "cut.pt: truncated, damaged, of another version or not",
-        (weights, *p, "--temperature", "-1"): "--temperature: '-1' is not a number from 0 to ",
-        (weights, *p, "--temperature", "nan"): "'nan' is not a number from 0 to ",
-        (weights, *p, "--min-p", "1.5"): "'1.5' is not a number from 0 to 1",
-        (weights, *p, "--top-k", "0"): "'0' is not a whole number from 1 to ",
-        (weights, *p, "--max-length", "0"): "'0' is not a whole number from 1 to ",
-        (weights, *p, "--max-length", "many"): "'many' is not a whole number from 1 to ",
-        (weights, *p, "--seed", "-1"): "'-1' is not a whole number from 0 to ",
+        (weights, *p, "--temperature", "-1"): "--temperature: '-1' is not a number >= 0",
+        (weights, *p, "--temperature", "nan"): "'nan' is not a number >= 0",
+        (weights, *p, "--min-p", "1.5"): "'1.5' is not a number >= 0, <= 1",
+        (weights, *p, "--top-k", "0"): "'0' is not a whole number >= 1",
+        (weights, *p, "--max-length", "0"): "'0' is not a whole number >= 1",
+        (weights, *p, "--max-length", "many"): "'many' is not a whole number >= 1",
+        (weights, *p, "--seed", "-1"): "'-1' is not a whole number >= 0",
     }
     for arguments, line in cases.items():
         assert line in refused(capfd, inference.main, *arguments), arguments
