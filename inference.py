@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import os
-import stat
 import sys
 import time
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megalodon_enwik8.safety import Parser, UserError, number, run_main, whole_number
@@ -76,8 +76,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(options: argparse.Namespace) -> bytes:
-    """The prompt's bytes, from an option, a file, stdin or DEFAULT_PROMPT; a UserError if the
-    place holds none."""
+    """The prompt's bytes, from an option, a file, stdin or, where that has none, DEFAULT_PROMPT; a
+    UserError if the place holds none."""
     if options.prompt is not None:
         prompt, source = os.fsencode(options.prompt), "--prompt"
     elif options.prompt_file is not None or options.prompt_gzip is not None:
@@ -89,23 +89,15 @@ def read_prompt(options: argparse.Namespace) -> bytes:
                 prompt = file.read(count)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{source}: cannot be read: {error}") from None
-    elif not _is_piped_in():
+    elif sys.stdin is None or sys.stdin.isatty():
         return DEFAULT_PROMPT
     else:
-        prompt, source = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "stdin"
+        prompt, source = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1) or DEFAULT_PROMPT, "stdin"
     if not prompt:
         raise UserError(f"the prompt from {source} is empty: give at least one byte to continue")
     if len(prompt) > MAX_PROMPT_BYTES:
         raise UserError(f"the prompt from {source} is longer than {MAX_PROMPT_BYTES} bytes")
     return prompt
-
-
-def _is_piped_in() -> bool:
-    """Whether stdin is a pipe or a file, and not a terminal, /dev/null or closed."""
-    try:
-        return not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
-    except (AttributeError, OSError, ValueError):
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,14 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megalodon_enwik8.models import restore_model
 
     device = choose_device()
-    path = Path(options.checkpoint)
-    model = restore_model(load_checkpoint(path), path)
+    model = restore_model(load_checkpoint(Path(options.checkpoint)))
     model.to(device)  # type: ignore[arg-type]
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
+    write = partial(print, end="", flush=True)
     began = time.perf_counter()
     generate_bytes(
         model,
@@ -138,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         streamer=ByteStreamer(write),
     )
     seconds = time.perf_counter() - began
-    write("\n")
+    print()
     print(
         f"{options.max_length} bytes after a prompt of {len(prompt)} in {seconds:.1f} s: "
         f"{options.max_length / seconds:.1f} tokens per second",

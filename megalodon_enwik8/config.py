@@ -19,15 +19,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from megalodon_enwik8.safety import UserError
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-def _numeric_string(value: object) -> object:
-    """YAML 1.1 reads `4e-4` (no dot) as a string; people mean the number."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value)
-    return value
-
 
 def _null_is(meaning: float) -> BeforeValidator:
     return BeforeValidator(lambda value: meaning if value is None else value)
@@ -37,8 +28,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
 Interval = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Real = Annotated[float, BeforeValidator(_numeric_string)]
-Probability = Annotated[Real, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, ESC rules terminals
 
 MODELS = ("megalodon", "llama")  # in the order of tables
@@ -76,7 +66,7 @@ class ExperimentConfig(BaseModel):
 
     # Both models
     num_tokens: Annotated[int, Field(ge=256, le=2**20)] = 256  # vocabulary
-    rope_base: Annotated[Real, Field(gt=1), _null_is(10_000.0)] = 10_000.0
+    rope_base: Annotated[float, Field(gt=1), _null_is(10_000.0)] = 10_000.0
     attention_dropout: Probability = 0.0
 
     # Megalodon: the symbols of the paper stand behind the keys
@@ -104,10 +94,10 @@ class ExperimentConfig(BaseModel):
     dim: Width = _llama(384)
     depth: Layers = _llama(6)
     heads: Width = _llama(6)
-    dim_head: Width = _llama(64)
+    dim_head: Annotated[Width, Field(multiple_of=2)] = _llama(64)  # RoPE rotates pairs
     tied_embedding: bool = _llama(True)
     # The FFN's width: this times dim, or int(8 dim / 3), rounded up to a multiple of 256
-    ffn_dim_multiplier: Annotated[Real, Field(gt=0, le=1000)] | None = _llama(None)
+    ffn_dim_multiplier: Annotated[float, Field(gt=0, le=1000)] | None = _llama(None)
     flash_attn: bool = _llama(True)  # PyTorch's fused attention; false: the written-out one
     llama_init: Literal["transformers", "pytorch", "fan_in"] = _llama("transformers")
 
@@ -121,13 +111,13 @@ class ExperimentConfig(BaseModel):
     batch_size: Count = 1  # sequences in a micro-batch
     grad_accum_every: Count = 16  # micro-batches in a step; how they split changes no result
     optimizer: Literal["adam", "adamw"] = "adam"  # adamw: its decay is decoupled, of matrices alone
-    beta2: Annotated[Real, Field(gt=0, lt=1)] = 0.999
-    learning_rate: Annotated[Real, Field(gt=0)] = 4e-4  # its highest, where it changes
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4  # its highest, where it changes
     schedule: Literal["constant", "cosine"] = "constant"
-    min_lr: Annotated[Real, Field(ge=0)] = 0.0  # where the cosine ends
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # where the cosine ends
     warmup_steps: Interval = 0  # steps in which the learning rate rises linearly
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    grad_clip_norm: Annotated[Real, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip_norm: Annotated[float, Field(gt=0)] = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient of nan or inf does
     # null, or -1: one is drawn, said and stored
     seed: Annotated[int, Field(ge=-1, le=2**63 - 1), _null_is(-1)] = 7
@@ -152,8 +142,8 @@ class ExperimentConfig(BaseModel):
     generate_every: Interval = 500
     generate_prompt_len: Count = 128
     generate_length: Count = 512  # new bytes after the prompt
-    temperature: Annotated[Real, Field(ge=0)] = 1.0  # 0: the likeliest byte each time
-    min_p: Annotated[Real, Field(ge=0, le=1)] = 0.1
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0: the likeliest byte each time
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     # tensorboard: writes what metrics.jsonl says for `tensorboard --logdir runs` too
     tracker: Literal["none", "tensorboard"] = "none"
@@ -167,20 +157,12 @@ class ExperimentConfig(BaseModel):
                     f"{name}={getattr(self, name)}: is a key of model: {owner}, but this is "
                     f"model: {self.model}; remove the key or change the model"
                 )
-        if self.model == "llama" and (self.dim % self.heads or self.dim_head % 2):
+        parts = self.chunk_parallel
+        if parts > 1 and (self.model == "llama" or self.seq_len % (parts * self.chunk_size)):
             raise ValueError(
-                f"dim={self.dim}: must be a multiple of heads={self.heads}, and "
-                f"dim_head={self.dim_head} even, since RoPE rotates pairs"
-            )
-        if self.chunk_parallel > 1 and self.model == "llama":
-            raise ValueError(
-                f"chunk_parallel={self.chunk_parallel}: a Llama attends to a whole sequence, whose "
-                "parts cannot run side by side; use shard or gradient_checkpointing"
-            )
-        if self.chunk_parallel > 1 and self.seq_len % (self.chunk_parallel * self.chunk_size):
-            raise ValueError(
-                f"chunk_parallel={self.chunk_parallel}: seq_len={self.seq_len} must be that many "
-                f"parts of whole chunks of chunk_size={self.chunk_size}"
+                f"chunk_parallel={parts}: seq_len={self.seq_len} must be that many parts of whole "
+                f"chunks of chunk_size={self.chunk_size}, and the model a Megalodon; a Llama "
+                "attends to a whole sequence, and has shard"
             )
         if self.compile == "graphs" and (self.grad_accum_every > 1 or self.gradient_checkpointing):
             raise ValueError(
@@ -191,11 +173,6 @@ class ExperimentConfig(BaseModel):
             raise ValueError(
                 f"min_lr={self.min_lr}: is where schedule: cosine ends, and at most "
                 f"learning_rate={self.learning_rate}; here the schedule is {self.schedule}"
-            )
-        if self.warmup_steps > self.num_batches:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps}: must be at most "
-                f"num_batches={self.num_batches}, all steps of the run"
             )
         return self
 
@@ -253,11 +230,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     Raises UserError for a file that is not YAML or not a mapping, for a repeated or unknown key,
     and for a value of the wrong type or range.
     """
-    values, given = read_yaml(path), read_overrides(overrides)
-    source = {**dict.fromkeys(values, str(path)), **dict.fromkeys(given, "command line")}
-    values |= given
+    values = read_yaml(path) | read_overrides(overrides)
     values.setdefault("run_dir", f"runs/{Path(path).stem}")
-    return make_config(values, str(path), source)
+    return make_config(values, f"{path} and command line" if overrides else str(path))
 
 
 def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
@@ -271,28 +246,24 @@ def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def make_config(
-    values: Mapping[str, Any], where: str, source: Mapping[str, str] | None = None
-) -> ExperimentConfig:
-    """Validate `values`; a UserError names `source[key]`, or else `where`, as the place."""
-    source = source or {}
+def make_config(values: Mapping[str, Any], where: str) -> ExperimentConfig:
+    """Validate `values`; a UserError names `where` as the place."""
     for name in values:
         if name not in ExperimentConfig.model_fields:
             near = difflib.get_close_matches(str(name), ExperimentConfig.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else "see megalodon_enwik8/config.py"
-            raise UserError(f"{source.get(name, where)}: {name}: unknown key; {hint}")
+            raise UserError(f"{where}: {name}: unknown key; {hint}")
     try:
         return ExperimentConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"]:
             key = str(first["loc"][0])
-            shown = " ".join(str(values.get(key)).split())
+            shown = str(values.get(key))
             message = f"{key}={shown if len(shown) < 60 else shown[:57] + '...'}: {first['msg']}"
         else:  # of _check_combinations, which names key and value
             message = str(first["ctx"]["error"])
-            key = message.partition("=")[0]
-        raise UserError(f"{source.get(key, where)}: {message}") from None
+        raise UserError(f"{where}: {message}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -308,13 +279,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads `4e-4` and `4.0e4` as strings; people mean the numbers.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
 def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML's constructors meet odd values with errors of many kinds
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        reason = " ".join(str(getattr(error, "problem", error)).split())
+        reason = getattr(error, "problem", error)
         raise UserError(f"{where}: {line}not valid YAML: {reason}") from None
 
 

@@ -10,33 +10,32 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import lzma
 import os
-import socket
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
-from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock
 
 ENWIK8 = "enwik8"
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
-ENWIK8_SIZE = 100_000_000
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 ENWIK8_DATA_BYTES = 95_000_000  # what the published comparison reads of it
 
 SAMPLE = "sample"
 SAMPLE_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-SAMPLE_SIZE = 6_089_746
 SAMPLE_SHA256 = "34c1c63050c87cc8477b9ae36b1cb0edf372612c92938b742e579a7109c20fa4"
 
 CODE = "code"
@@ -46,8 +45,7 @@ CODE_SHA256 = "fcfc7ae6ea653c43a1300c24aff5c2ebb63872456b345ce669bb09fc8febfa22"
 MAX_UNPACKED = 4 << 30  # a packed file of a few kilobytes can unpack to any size
 _PIECE = 1 << 20
 
-DOWNLOAD_TRIES = 5
-DOWNLOAD_WAIT_S = 1.0  # before the second try; then three times, seven times as long, and so on
+DOWNLOAD_WAITS_S = (0, 1, 5)  # before each try
 DOWNLOAD_STALL_S = 30.0  # without a byte, after which a try has failed
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -63,13 +61,13 @@ class Corpus:
     sha256: str  # of the bytes used, train and then val
 
 
-def load_corpus(data_path: str, data_bytes: int | None = None, *, progress: bool = True) -> Corpus:
+def load_corpus(data_path: str, data_bytes: int | None = None) -> Corpus:
     """Read, verify and split the text that `data_path` names.
 
     `data_path` is "sample" (the Wikipedia excerpt that gensim ships), "code" (see `_read_code`), or
     a file: raw bytes, .gz, .bz2, .xz, or .zip with one member. A file called enwik8, packed or not,
     is held to the sum of enwik8, and "enwik8" and "enwik8.gz" are fetched if absent, the only case
-    that touches the network; `progress` is for its progress bar. A packed file is unpacked into
+    that touches the network. A packed file is unpacked into
     memory; a raw one of any size is mapped, and has to stay as it is while it is used.
     `data_bytes` >= 1 is how many of the first bytes to use; None means 95,000,000 of enwik8 and of
     code, and the whole of anything else.
@@ -77,7 +75,7 @@ def load_corpus(data_path: str, data_bytes: int | None = None, *, progress: bool
     Raises UserError, one line each, for what is missing, empty, damaged, not what its name says,
     unpacked larger than memory is risked for, or shorter than `data_bytes`.
     """
-    name, text = _read_named(data_path, data_bytes, progress)
+    name, text = _read_named(data_path, data_bytes)
     if not len(text):
         raise UserError(f"{data_path} is empty: name a file that holds text")
     if data_bytes is not None and data_bytes > len(text):
@@ -101,7 +99,7 @@ def named_text(data_path: str) -> str:
     return ENWIK8 if is_enwik8 else path.name
 
 
-def _read_named(data_path: str, data_bytes: int | None, progress: bool) -> tuple[str, Bytes]:
+def _read_named(data_path: str, data_bytes: int | None) -> tuple[str, Bytes]:
     """A corpus's name, and at least its first `data_bytes` bytes as far as it has them."""
     if data_path == CODE:
         return _read_code(data_bytes)
@@ -109,43 +107,49 @@ def _read_named(data_path: str, data_bytes: int | None, progress: bool) -> tuple
         folder = _installed("gensim", 'pip install -e ".[sample]"')
         remedy = "pip install --force-reinstall gensim"
         file = folder / "test" / "test_data" / SAMPLE_FILE
-        return SAMPLE, _read_known(file, SAMPLE_SIZE, SAMPLE_SHA256, remedy)
+        return SAMPLE, _read_known(file, SAMPLE_SHA256, remedy)
     path = Path(os.path.expanduser(data_path))
     if path.name in (SAMPLE, CODE):  # its figures would pass for those of the text of that name
         raise UserError(f"{path}: a file of this name is taken for the {path.name}: rename it")
     if named_text(data_path) != ENWIK8:
         return path.name, _read(path, "check data_path", keep=data_bytes)
     if path.suffix in ("", ".gz") and not path.exists():
-        _fetch_enwik8(path, progress)
+        _fetch_enwik8(path)
     remedy = "check data_path, or rename the file to use it as ordinary data"
-    return ENWIK8, _read_known(path, ENWIK8_SIZE, ENWIK8_SHA256, remedy)
+    return ENWIK8, _read_known(path, ENWIK8_SHA256, remedy)
 
 
-def _read_known(path: Path, size: int, sha256: str, remedy: str) -> Bytes:
-    """The unpacked bytes of a file that must have this size and SHA-256."""
-    text = _read(path, remedy, keep=size + 1)
-    if len(text) != size or _sha256(text) != sha256:
-        raise UserError(f"{path} is not the text of {size:,} bytes, SHA-256 {sha256}: {remedy}")
+def _read_known(path: Path, sha256: str, remedy: str) -> Bytes:
+    """The unpacked bytes of a file that must have this SHA-256."""
+    text = _read(path, remedy)
+    if _sha256(text) != sha256:
+        raise UserError(f"{path} is not the text of SHA-256 {sha256}: {remedy}")
     return text
 
 
 def _read(path: Path, remedy: str, keep: int | None = None) -> Bytes:
-    """The unpacked bytes of `path`, of a packed file at most `keep`: it is read to its end in any
-    case, since its checksum stands there."""
+    """The unpacked bytes of `path`; of a packed file no more than the first `keep`."""
     if not path.is_file():  # to open a pipe could wait for ever
         other = "is a folder" if path.is_dir() else "not a regular file"
         raise UserError(f"{path}: {other if path.exists() else 'no such file'}: {remedy}")
     if path.suffix not in PACKED:
         raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         return raw.view(np.ndarray)
-    data, size = bytearray(), 0
-    for piece in _unpacked(path):
-        size += len(piece)
-        if size > MAX_UNPACKED:
-            raise UserError(
-                f"{path} unpacks to more than {MAX_UNPACKED:,} bytes: name the unpacked file"
-            )
-        data += piece if keep is None else piece[: keep - len(data)]
+    data = bytearray()
+    try:
+        with path.open("rb") as file, PACKED[path.suffix](file) as unpacked:
+            while len(data) < (keep or MAX_UNPACKED + 1) and (piece := unpacked.read(_PIECE)):
+                data += piece
+    except Exception as error:  # decoders meet damage with exceptions of many kinds
+        raise UserError(
+            f"{path} is cut off, damaged or no {path.suffix} that can be read here ({error}): "
+            "get it again, or unpack it and name the unpacked file"
+        ) from error
+    if keep is None and len(data) > MAX_UNPACKED:
+        raise UserError(
+            f"{path} unpacks to more than {MAX_UNPACKED:,} bytes: name the unpacked file, or say "
+            "with data_bytes how much of it to read"
+        )
     text = np.frombuffer(data, np.uint8)
     text.flags.writeable = False
     return text
@@ -167,65 +171,41 @@ PACKED: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 
-def _unpacked(path: Path) -> Iterator[bytes]:
-    """The unpacked bytes in pieces; their checksum has been compared once the last has come."""
-    with path.open("rb") as file:
-        try:
-            with PACKED[path.suffix](file) as unpacked:
-                while piece := unpacked.read(_PIECE):
-                    yield piece
-        except Exception as error:  # decoders meet damage with exceptions of many kinds
-            raise UserError(
-                f"{path} is cut off, damaged or no {path.suffix} that can be read here ({error}): "
-                "get it again, or unpack it and name the unpacked file"
-            ) from error
-
-
-def _fetch_enwik8(path: Path, progress: bool) -> None:
+def _fetch_enwik8(path: Path) -> None:
     """Fetch enwik8 and store it at `path`, gzipped if that ends in .gz: whole or not at all.
 
     A second process waits for the first and then finds the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    archive = path.with_name(f".{path.name}.zip")
     with exclusive_lock(path.with_name(f"{ENWIK8}.lock")):
         if path.exists():
             return
         for leftover in path.parent.glob(f".{path.name}.*"):  # of a fetch that was killed
             leftover.unlink()
+        text = _only_member(_download(path.with_name(f"{ENWIK8}.zip"))).read()
+        with atomic_write(path) as file:
+            # No time inside: equal texts make equal files.
+            file.write(gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text)
+
+
+def _download(by_hand: Path) -> IO[bytes]:
+    """enwik8.zip, verified. `by_hand` is where its user may put it instead."""
+    for wait in DOWNLOAD_WAITS_S:
+        time.sleep(wait)
+        data = io.BytesIO()
         try:
-            _download(archive, path.with_name(f"{ENWIK8}.zip"), progress)
-            text = _read_known(archive, ENWIK8_SIZE, ENWIK8_SHA256, "try again").tobytes()
-            with atomic_write(path) as file:
-                # No time inside: equal texts make equal files.
-                file.write(gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text)
-        finally:
-            archive.unlink(missing_ok=True)
-
-
-def _download(archive: Path, by_hand: Path, progress: bool) -> None:
-    """Put enwik8.zip, verified, at `archive`. `by_hand` is where its user may put it instead."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
-    try:
-        for number in range(DOWNLOAD_TRIES):
-            time.sleep(DOWNLOAD_WAIT_S * (2**number - 1))
-            try:
-                torch.hub.download_url_to_file(
-                    ENWIK8_URL, str(archive), ENWIK8_ZIP_SHA256, progress
-                )
-                return
-            # RuntimeError: the sum is wrong, as it also is when an answer was cut off.
-            except (URLError, ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
-                failure = error
-                # Who has no network, or asks for what is not there, should not have to wait.
-                if number == 0 and isinstance(error, URLError) and getattr(error, "code", 0) < 500:
-                    break
-            except OSError as error:
-                error.filename = error.filename or str(archive)  # a full disk, say
-                raise
-    finally:
-        socket.setdefaulttimeout(before)
+            with (
+                urlopen(ENWIK8_URL, timeout=DOWNLOAD_STALL_S) as answer,
+                tqdm(unit="B", unit_scale=True, disable=None) as bar,
+            ):
+                while piece := answer.read(_PIECE):
+                    data.write(piece)
+                    bar.update(len(piece))
+            if hashlib.sha256(data.getbuffer()).hexdigest() == ENWIK8_ZIP_SHA256:
+                return data
+            failure: Exception | str = "what came has another SHA-256"
+        except (OSError, HTTPException) as error:
+            failure = error
     raise UserError(
         f"cannot fetch {ENWIK8_URL}: {failure}. Get it by other means, put it at {by_hand} and "
         f"set data_path={by_hand}, or run on the sample: data_path=sample"
@@ -233,13 +213,8 @@ def _download(archive: Path, by_hand: Path, progress: bool) -> None:
 
 
 def _read_code(data_bytes: int | None) -> tuple[str, Bytes]:
-    """The Python sources of the installed torch and transformers, each file headed by its path.
-
-    A unit is a direct sub-folder of one of the two packages with all that it holds, or the files
-    at a package's top. Whole units are drawn for validation, in the order of the SHA-256 of their
-    names, until they hold a tenth of all; the others are for training. Either part is in the order
-    of the paths, and the text is the beginnings of both: nine tenths and one tenth of `data_bytes`.
-    The models of transformers, which copy from one another by design, are one unit.
+    """The Python sources of the installed torch and transformers, in units of which either the
+    training or the validation part has all: data/README.md has the rule, and why.
 
     The name is "code" where the text is, byte for byte, that of the versions in constraints.txt,
     and elsewhere says the versions, so that no table takes the one for the other.
@@ -284,48 +259,42 @@ def _installed(package: str, remedy: str) -> Path:
 
 
 def _sha256(text: Bytes) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(text), _PIECE):
-        digest.update(text[start : start + _PIECE].data)
-    return digest.hexdigest()
+    return hashlib.sha256(text.data).hexdigest()
 
 
 def training_batch(
-    train: Bytes, *, seed: int, step: int, rows: range, seq_len: int
+    train: Bytes, *, seed: int, step: int, sequences: Iterable[int], seq_len: int
 ) -> torch.Tensor:
-    """Those rows of the batch of step `step`: (len(rows), seq_len + 1), int64.
+    """Those sequences of step `step`: (len(sequences), seq_len + 1), int64.
 
-    Row i is a pure function of (train, seed, step, i), uniform over all windows of `train`, so
+    Sequence i is a pure function of (train, seed, step, i), uniform over all windows of `train`, so
     the examples are the same however a batch is split into micro-batches or processes, and
     after a resume. Raises UserError if `train` is shorter than one window.
     """
     count = _starts(train, seq_len)
-    return windows_at(train, [_draw(count, seed, step, row) for row in rows], seq_len)
+    return windows_at(train, [_draw(count, seed, step, i) for i in sequences], seq_len)
 
 
-def validation_windows(
-    val: Bytes, *, count: int, seq_len: int, midway: bool = False
-) -> torch.Tensor:
-    """`count` fixed windows of `val`, evenly spaced from its first to its last: int64,
-    (count, seq_len + 1). They overlap where `val` is short. With `midway`, the count - 1 windows
-    midway between those, for choices that the others are to judge.
+def validation_starts(val: Bytes, *, count: int, seq_len: int, midway: bool = False) -> list[int]:
+    """Where `count` fixed windows of seq_len + 1 bytes begin, evenly spaced from the first of `val`
+    to its last. They overlap where `val` is short. With `midway`, the count - 1 windows midway
+    between those, for choices that the others are to judge.
 
     Raises UserError if `val` is shorter than one window, or there is nothing midway.
     """
     last = _starts(val, seq_len) - 1
     gaps = max(count - 1, 1)
-    starts = [i * last // gaps for i in range(count)]
-    if midway:
-        starts = [(2 * i + 1) * last // (2 * gaps) for i in range(count - 1)]
-        if gaps > last // (2 * seq_len + 2) or not starts:
-            raise UserError(
-                f"val_windows=search: val_batches={count} windows of seq_len={seq_len} leave no "
-                f"room between them in {len(val)} bytes of validation: use fewer, at least 2"
-            )
-    return windows_at(val, starts, seq_len)
+    if not midway:
+        return [i * last // gaps for i in range(count)]
+    if count < 2 or gaps > last // (2 * seq_len + 2):
+        raise UserError(
+            f"val_windows=search: val_batches={count} windows of seq_len={seq_len} leave no "
+            f"room between them in {len(val)} bytes of validation: use fewer, at least 2"
+        )
+    return [(2 * i + 1) * last // (2 * gaps) for i in range(count - 1)]
 
 
-def _draw(count: int, seed: int, step: int, row: int) -> int:
+def _draw(count: int, seed: int, step: int, sequence: int) -> int:
     """A number in range(count) that depends on nothing but the arguments.
 
     The raw words of Philox (Salmon et al. 2011), unlike what a numpy Generator makes of them,
@@ -333,7 +302,7 @@ def _draw(count: int, seed: int, step: int, row: int) -> int:
     count / 2**64.
     """
     # The lowest word counts the draws.
-    philox = np.random.Philox(key=seed % (1 << 64), counter=[0, row, step, 0])
+    philox = np.random.Philox(key=seed % (1 << 64), counter=[0, sequence, step, 0])
     return int(philox.random_raw()) * count >> 64
 
 
@@ -348,7 +317,7 @@ def _starts(part: Bytes, seq_len: int) -> int:
     return len(part) - seq_len
 
 
-def windows_at(text: Bytes, starts: list[int], seq_len: int) -> torch.Tensor:
+def windows_at(text: Bytes, starts: Sequence[int], seq_len: int) -> torch.Tensor:
     """The windows of a text that begin there: int64, (len(starts), seq_len + 1)."""
     windows = np.array([text[i : i + seq_len + 1] for i in starts], dtype=np.int64)
     return torch.from_numpy(windows.reshape(len(starts), seq_len + 1))

@@ -13,28 +13,24 @@ import torch
 
 from megalodon_enwik8.safety import UserError
 
-if sys.platform != "win32":
+if sys.platform == "darwin":
     import resource
-
-DEVICES = ("cuda", "mps", "cpu")
 
 
 def choose_device() -> torch.device:
     """The device named by FORCE_DEVICE, else the first of CUDA, MPS and CPU that is there.
 
-    Raises UserError for an unknown or absent device.
+    Raises UserError for one that is not.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [name for name in DEVICES if present.get(name, True)]
-    forced = os.environ.get("FORCE_DEVICE", "").strip().lower() or available[0]
-    if forced not in DEVICES:
-        raise UserError(f"FORCE_DEVICE={forced}: must be one of {', '.join(DEVICES)}")
-    if forced not in available:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [name for name in there if there[name]] + ["cpu"]
+    name = os.environ.get("FORCE_DEVICE", "").strip().lower() or available[0]
+    if name not in available:
         raise UserError(
-            f"FORCE_DEVICE={forced}: PyTorch {torch.__version__} finds no such device here; "
+            f"FORCE_DEVICE={name}: PyTorch {torch.__version__} finds no such device here; "
             f"use {' or '.join(available)}"
         )
-    return torch.device(forced)
+    return torch.device(name)
 
 
 Autocast = Literal[True, False, "auto"]
@@ -77,14 +73,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage would report the parent's peak where that was higher: exec does not reset it.
     status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would report the parent's peak where that was higher: exec does not reset it.
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # the other Unixes count in KiB
+    if not status.exists():
+        return None
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

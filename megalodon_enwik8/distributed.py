@@ -53,8 +53,7 @@ class World:
         if size % chunk_parallel:
             raise UserError(
                 f"chunk_parallel={chunk_parallel}: needs a multiple of {chunk_parallel} processes, "
-                f"as in torchrun --nproc_per_node={chunk_parallel}, and there "
-                f"{'is one' if size == 1 else f'are {size}'}"
+                f"as in torchrun --nproc_per_node={chunk_parallel}"
             )
         self.along_data = (rank // chunk_parallel, size // chunk_parallel)
         self.along_time = (rank % chunk_parallel, chunk_parallel)
@@ -73,12 +72,7 @@ class World:
         return self.rank == 0
 
     def check(self, config: ExperimentConfig) -> None:
-        """Raise UserError unless all have one config, and the batch serves them all."""
-        first = self.from_main(config.used())
-        mine = [key for key, value in config.used().items() if first.get(key) != value]
-        unlike = [keys for keys in self._gather_objects(mine) if keys]
-        if unlike:
-            raise UserError(f"the processes have different configs: {', '.join(unlike[0])}")
+        """Raise UserError unless the batch serves all, and all can do what the config asks for."""
         if config.sequences_per_step % self.along_data[1]:
             raise UserError(
                 f"batch_size x grad_accum_every={config.sequences_per_step}: must be a multiple of "
@@ -89,10 +83,10 @@ class World:
         if config.compile == "graphs" and self.size > 1:
             raise UserError("compile=graphs: is for one process; set compile: true")
 
-    def rows(self, sequences: int) -> range:
-        """This process's sequences, of those of a step."""
-        place, count = self.along_data
-        share = sequences // count
+    def sequences(self, count: int) -> range:
+        """This process's share of the `count` sequences of a step."""
+        place, places = self.along_data
+        share = count // places
         return range(place * share, (place + 1) * share)
 
     def part(self, batch: torch.Tensor) -> torch.Tensor:
@@ -101,12 +95,12 @@ class World:
         length = (batch.shape[1] - 1) // count
         return batch[:, place * length : (place + 1) * length + 1]
 
-    def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    def share(self, items: Sequence[T]) -> list[tuple[T, bool]]:
         """This process's share of items that all have, and whether it counts: each gets as many,
         since a sharded model runs in all of them or in none."""
-        for start in range(0, len(items), self.size):
-            mine = start + self.rank
-            yield items[min(mine, len(items) - 1)], mine < len(items)
+        last = len(items) - 1
+        turns = [start + self.rank for start in range(0, len(items), self.size)]
+        return [(items[min(turn, last)], turn <= last) for turn in turns]
 
     def distribute(self, model: PreTrainedModel, config: ExperimentConfig) -> torch.nn.Module:
         """What trains `model` with all others: a wrapper, or with `shard` the model itself."""
@@ -130,14 +124,11 @@ class World:
     @contextmanager
     def sharing_time(self, model: PreTrainedModel) -> Iterator[None]:
         """While the block runs, sequences come in parts."""
-        if self.time_group is None:
+        with ExitStack() as stack:
+            if self.time_group is not None:
+                model.set_time_group(self.time_group)  # type: ignore[operator]
+                stack.callback(model.set_time_group, None)  # type: ignore[arg-type]
             yield
-            return
-        model.set_time_group(self.time_group)  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            model.set_time_group(None)  # type: ignore[operator]
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Over all."""
@@ -157,7 +148,10 @@ class World:
 
     def from_main(self, value: T) -> T:
         """What the first process has."""
-        return self._gather_objects(value)[0]
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
 
     def wait(self) -> None:
         """Until all are here."""
@@ -168,13 +162,6 @@ class World:
         """Until the first process is here, which waits for nobody."""
         if self.size > 1:
             dist.broadcast(torch.zeros(1), 0, self.patient)
-
-    def _gather_objects(self, value: T) -> list[T]:
-        found: list[Any] = [value]
-        if self.size > 1:
-            found *= self.size
-            dist.all_gather_object(found, value)
-        return found
 
 
 @contextmanager
@@ -229,11 +216,6 @@ def _meet(store: Store, rank: int, size: int) -> str:
         told = drawn
         time.sleep(0.01)
     return str(number)
-
-
-def restarted() -> bool:
-    """Whether torchrun has started the run anew, since a process of this machine was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def whole(state: Any) -> Any:

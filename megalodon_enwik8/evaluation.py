@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -76,26 +77,6 @@ def _losses(
         return byte_losses(model, batch.to(device), state)
 
 
-def evaluate(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    *,
-    use_autocast: Autocast,
-    check: Callable[[], None] = nothing,
-    world: World | None = None,
-) -> float:
-    """Mean loss in nats per byte over `windows` (count, L + 1) int64; the first byte is given.
-    `check` is called before each batch, and may raise. In a world of several each reads its share.
-    """
-    world = world or World(windows.device)
-    total, length = torch.zeros((), dtype=torch.float64), windows.size(1) - 1
-    with reading(model):
-        for batch, counts in world.share(windows.split(max(1, TOKENS_PER_BATCH // length))):
-            check()
-            total += counts * _losses(model, batch, use_autocast).sum().cpu().double()
-    return world.sum(total).item() / (windows.size(0) * length)
-
-
 class Score:
     """Losses in nats, summed by distance: how many bytes the model saw before the one predicted.
 
@@ -135,8 +116,8 @@ class Score:
                 "from": starts[i],
                 "to": RANGE_ENDS[i],
                 "predicted": int(self.predicted[i]),
-                "bpc": bits_per_byte(self.total[i] / self.predicted[i]),
-                "bpc_so_far": bits_per_byte(total[i] / predicted[i]),
+                "bpc": bits_per_byte(float(self.total[i] / self.predicted[i])),
+                "bpc_so_far": bits_per_byte(float(total[i] / predicted[i])),
             }
             for i in np.flatnonzero(self.predicted)
         ]
@@ -148,12 +129,14 @@ def score_windows(
     *,
     context: int,
     stride: int,
+    starts: Sequence[int] | None = None,
     use_autocast: Autocast,
     progress: bool = False,
     check: Callable[[], None] = nothing,
     world: World | None = None,
 ) -> Score:
-    """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes.
+    """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes, or
+    where `starts` says.
 
     Of each window but the first only the last `stride` bytes count, so that each of them sees at
     least context - stride bytes; stride = context gives windows side by side. The last window may
@@ -162,30 +145,23 @@ def score_windows(
     text: at least 2 bytes. 1 <= stride <= context.
     """
     world = world or World(torch.device("cpu"))
-    score, predicted = Score(), len(text) - 1
-    length = min(context, predicted)
-    ends = list(range(length, predicted + 1, stride))
-    rows = max(1, TOKENS_PER_BATCH // length)
-    batches = [ends[i : i + rows] for i in range(0, len(ends), rows)]
-    bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
-    with bar, reading(model):
-        for batch, counts in world.share(batches):
+    score, predicted, seen = Score(), len(text) - 1, context - stride
+    if starts is None:
+        starts = range(0, max(predicted - context, 0) + stride, stride)
+    size = max(1, TOKENS_PER_BATCH // context)
+    whole = [start for start in starts if start + context <= predicted]
+    batches = [whole[i : i + size] for i in range(0, len(whole), size)]
+    batches += [[start] for start in starts[len(whole) :]]
+    with reading(model):
+        bar = tqdm(world.share(batches), unit="batch", disable=None if progress else True)
+        for batch, counts in bar:
             check()
-            windows = windows_at(text, [end - length for end in batch], length)
-            losses = _losses(model, windows, use_autocast)
-            if not counts:
-                continue
-            if batch[0] == length:  # the first window counts whole
-                score.add(losses[:1], 1)
-                losses = losses[1:]
-            score.add(losses[:, length - stride :], length - stride + 1)
-            bar.update(len(batch) * stride)
-        rest = predicted - ends[-1]
-        if rest:
-            start = ends[-1] + stride - length
-            losses = _losses(model, windows_at(text, [start], predicted - start), use_autocast)
-            if world.is_main:
-                score.add(losses[:, -rest:], losses.shape[1] - rest + 1)
+            length = min(context, predicted - batch[0])
+            losses = _losses(model, windows_at(text, batch, length), use_autocast)
+            if counts:
+                score.add(losses[:, seen:], seen + 1)
+                if batch[0] == 0:  # the first window counts whole
+                    score.add(losses[:1, :seen], 1)
     score.gather(world)
     return score
 
@@ -195,37 +171,34 @@ def score_streams(
     text: Bytes,
     *,
     streams: int,
-    segment: int,
+    piece: int,
     use_autocast: Autocast,
     progress: bool = False,
     world: World | None = None,
 ) -> Score:
-    """Score `text` as `streams` texts side by side, each read from its first byte to its last with
-    its state carried from one piece of `segment` bytes to the next.
+    """Score `text` as `streams` texts side by side, each read from its first byte to its last,
+    `piece` bytes at a time, with its state carried along.
 
     The streams follow each other in the text and differ by one byte at most. In a world of several
     each reads its share of them.
     text: at least `streams` + 1 bytes. Raises UserError for a model without a state.
     """
     world = world or World(torch.device("cpu"))
-    score, predicted = Score(), len(text) - 1
-    length, longer = divmod(predicted, streams)  # so many streams have one byte more
+    score, state = Score(), new_state(model)
+    length, longer = divmod(len(text) - 1, streams)  # so many streams have one byte more
     mine = range(streams)[world.rank :: world.size]
-    firsts = [row * length + min(row, longer) for row in mine]
-    longer = len([row for row in mine if row < longer])
-    state = new_state(model)
-    bar = tqdm(total=predicted, unit="byte", unit_scale=True, disable=None if progress else True)
-    with bar, reading(model):
-        for start in range(0, length if firsts else 0, segment):
-            size = min(segment, length - start)
-            pieces = windows_at(text, [first + start for first in firsts], size)
-            score.add(_losses(model, pieces, use_autocast, state), start + 1)
-            score.state_bytes = state.nbytes // len(mine)
-            bar.update(pieces[:, 1:].numel())
-        if longer:
-            state.batch_select_indices(torch.arange(longer))
-            pieces = windows_at(text, [first + length for first in firsts[:longer]], 1)
-            score.add(_losses(model, pieces, use_autocast, state), length + 1)
+    firsts = [stream * length + min(stream, longer) for stream in mine]
+    with reading(model):
+        starts = [*range(0, length, piece), length]
+        for start in tqdm(starts, unit="piece", disable=None if progress else True):
+            end = min(start + piece, length) if start < length else length + 1
+            if start == length:
+                firsts = firsts[: len([stream for stream in mine if stream < longer])]
+                state.batch_select_indices(torch.arange(len(firsts)))
+            if firsts:
+                pieces = windows_at(text, [first + start for first in firsts], end - start)
+                score.add(_losses(model, pieces, use_autocast, state), start + 1)
+                score.state_bytes = state.nbytes // len(firsts)
     score.gather(world)
     return score
 
@@ -253,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="carry the state from the first byte to the last; Megalodon only",
     )
     parser.add_argument("--streams", type=count, metavar="K", help="streams side by side (1)")
-    parser.add_argument("--segment", type=count, metavar="M", help="bytes of a stream at a time")
+    parser.add_argument("--piece", type=count, metavar="M", help="bytes of a stream at a time")
     parser.add_argument("--data-path", metavar="FILE", help="another text than the training's")
     parser.add_argument(
         "--data-bytes", type=count, metavar="N", help="the first N bytes of --data-path (all)"
@@ -262,8 +235,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.stream and (options.context or options.stride):
         parser.error("--stream has no --context and no --stride: its context is the whole text")
-    if not options.stream and (options.streams or options.segment):
-        parser.error("--streams and --segment are for --stream: add it")
+    if not options.stream and (options.streams or options.piece):
+        parser.error("--streams and --piece are for --stream: add it")
     if options.data_bytes and not options.data_path:
         parser.error("--data-bytes is for --data-path: name the text")
     return options
@@ -279,16 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -> int:
     path = Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
-    config = checkpoint.experiment(path)
-    model = restore_model(checkpoint, path)
+    config = checkpoint.config
+    model = restore_model(checkpoint)
     model.to(device)  # type: ignore[arg-type]
     corpus = load_corpus(
         options.data_path or config.data_path,
         options.data_bytes if options.data_path else config.data_bytes,
     )
-    known = corpus.sha256 == checkpoint.corpus_sha256
-    if not known and options.data_path is None:
-        print(f"{config.data_path} is not the text that {path} was trained on", file=sys.stderr)
     text: Bytes = getattr(corpus, options.split)
     how = _how_to_read(options, config, len(text))
     began = time.perf_counter()
@@ -304,7 +274,7 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
         "use_autocast": config.use_autocast,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
-        "trained_on_this_corpus": known,
+        "trained_on_this_corpus": corpus.sha256 == checkpoint.corpus_sha256,
         "split": options.split,
         "reading": how,
         "predicted": int(score.predicted.sum()),
@@ -316,9 +286,9 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(device),
         "device": device_name(device),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
-    print(_report(result))
+    print(yaml.safe_dump(result, sort_keys=False, default_flow_style=None, width=200))
     label = "-".join(f"{name}{value}" for name, value in how.items())
     name = f"{path.stem}-{corpus.name}-{options.split}-{label}.json"
     out = Path(options.out) if options.out else path.with_name(name)
@@ -332,48 +302,22 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
 def _how_to_read(
     options: argparse.Namespace, config: ExperimentConfig, size: int
 ) -> dict[str, int]:
-    """The arguments of the scoring function. Raises UserError where the text is too short."""
+    """The arguments of the scoring function. Raises UserError where they cannot be."""
     if options.stream:
-        name, needed = "--streams", options.streams or 1
-        chunks = TOKENS_PER_BATCH // needed // config.chunk_size  # whole ones
-        how = {
-            "streams": needed,
-            "segment": options.segment or config.chunk_size * max(1, chunks),
-        }
+        streams = options.streams or 1
+        piece = options.piece or max(config.chunk_size, TOKENS_PER_BATCH // streams)
+        how = {"streams": streams, "piece": piece}
     else:
-        name, needed = "--context", options.context or config.seq_len
-        how = {"context": needed, "stride": options.stride or needed}
-        if how["stride"] > needed:
+        context = options.context or config.seq_len
+        how = {"context": context, "stride": options.stride or context}
+        if how["stride"] > context:
             raise UserError(
-                f"--stride {how['stride']}: must be at most --context {needed}, or bytes would "
+                f"--stride {how['stride']}: must be at most --context {context}, or bytes would "
                 "be left out"
             )
-    if size < needed + 1:
-        raise UserError(
-            f"{name} {needed}: the {options.split} split has {size} bytes and needs {needed + 1}: "
-            "use a smaller number, the other split or more data"
-        )
+    if size <= how.get("streams", 1):
+        raise UserError(f"the {options.split} split has {size} bytes: too few to be read like this")
     return how
-
-
-def _report(result: dict[str, Any]) -> str:
-    how = ", ".join(f"{name} {value}" for name, value in result["reading"].items())
-    speed = result["predicted"] / result["seconds"]
-    lines = [
-        f"{result['checkpoint']}: {result['model']} after {result['step']} steps",
-        f"{result['split']} split of {result['corpus']}, {how}: "
-        f"{result['predicted']:,} bytes predicted",
-        f"loss {result['loss']:.4f} nats per byte, {result['bpc']:.4f} BPC",
-        f"{result['seconds']:.1f} s, {speed:,.0f} bytes per second",
-    ]
-    if result["state_bytes"]:
-        lines.append(f"state of a stream: {result['state_bytes']:,} bytes, at any position")
-    lines.append(f"{'bytes seen before':>25} {'predicted':>13} {'BPC':>8} {'so far':>8}")
-    for row in result["by_distance"]:
-        seen = f"{row['from']:,} to {row['to']:,}"
-        figures = f"{row['predicted']:>13,} {row['bpc']:8.4f} {row['bpc_so_far']:8.4f}"
-        lines.append(f"{seen:>25} {figures}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -50,18 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="final.pt, best.pt or a checkpoint_*.pt of a run folder")
     parser.add_argument("folder", metavar="DIR", help="a new or an empty folder")
     options = parser.parse_args(argv)
-    path, folder = Path(options.checkpoint), Path(options.folder)
+    folder = Path(options.folder)
     if folder.exists() and (held := next(folder.iterdir(), None)):
         raise UserError(f"{folder}: holds {held.name}: name a new or an empty folder")
-    checkpoint = load_checkpoint(path)
-    ablation = checkpoint.experiment(path).ablation
+    checkpoint = load_checkpoint(Path(options.checkpoint))
+    ablation = checkpoint.config.ablation
     if ablation != "none":
         raise UserError(
-            f"{path}: trained with ablation={ablation}, for which the library has no model; only "
-            "whole Megalodons and Llamas are exported"
+            f"{checkpoint.path}: trained with ablation={ablation}, for which the library "
+            "has no model; only whole Megalodons and Llamas are exported"
         )
-    model = restore_model(checkpoint, path)
-    export_model(model, model_card(model, checkpoint, path), folder)
+    model = restore_model(checkpoint)
+    export_model(model, model_card(model, checkpoint), folder)
     print(
         f"{folder}: {type(model).__name__} after {checkpoint.step} steps, "
         f"{count_parameters(model):,} parameters"

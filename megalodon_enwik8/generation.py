@@ -16,9 +16,8 @@ from megalodon_enwik8.safety import UserError
 _KEPT_CONTROLS = "\n\t"
 # Longer prompts are read in pieces of so many bytes, in the memory of one piece.
 _PREFILL = 8192
-# Below, float32 logits overflow when divided by the temperature; any difference between two of
-# them decides long before.
-_COLDEST = 1e-30
+# At this temperature any difference between two logits decides, and float32 overflows below.
+COLDEST = 1e-30
 
 
 class PrintableDecoder:
@@ -87,12 +86,6 @@ def generate_bytes(
     Raises UserError when the model's output is not finite.
     """
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"do_sample": temperature > _COLDEST}
-    if temperature > _COLDEST:
-        options |= {"temperature": temperature, "min_p": min_p, "top_k": top_k or 0, "top_p": 1.0}
-    vocabulary = model.config.vocab_size
-    if vocabulary > 256:
-        options["suppress_tokens"] = list(range(256, vocabulary))
     device = next(model.parameters()).device
     input_ids = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).long()[None].to(device)
     with reading(model):
@@ -100,9 +93,14 @@ def generate_bytes(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=length,
+            suppress_tokens=list(range(256, model.config.vocab_size)) or None,
             streamer=streamer,
             prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
             logits_processor=LogitsProcessorList([_Checked(check)]),
-            **options,
+            do_sample=True,
+            temperature=max(temperature, COLDEST),
+            min_p=min_p,
+            top_k=top_k or 0,
+            top_p=1.0,
         )
     return bytes(output[0, len(prompt) :].tolist())

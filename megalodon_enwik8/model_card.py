@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import ExperimentConfig, bits_per_byte, load_config, precision_name
+from megalodon_enwik8.config import load_config
 from megalodon_enwik8.data import CODE, ENWIK8, SAMPLE, named_text
 from megalodon_enwik8.models import count_parameters
 from megalodon_enwik8.run_folder import Row, read_metrics
@@ -17,6 +17,10 @@ TEXTS = {
     ENWIK8: ("an XML dump of the English Wikipedia", "CC BY-SA and GFDL"),
     SAMPLE: ("an excerpt of an XML dump of the English Wikipedia", "CC BY-SA and GFDL"),
     CODE: ("Python sources of torch and transformers", "BSD-3-Clause and Apache-2.0"),
+}
+MEASURED = {
+    "val_bpc": "some windows that are spread over the validation split",
+    "full_val_bpc": "all of the validation split",
 }
 UNKNOWN = ("a file", "not known to the program that wrote this: state it before you publish")
 
@@ -35,8 +39,8 @@ A `{kind}` of {parameters:,} parameters. A token is a byte; byte 0 ends a text a
   each. SHA-256 of the text, nine tenths of which are for training and the rest for validation:
   `{sha256}`.
 - **Licence of the text**: {licence}.
+- **BPC**, bits per byte, in windows of {length} bytes: {measured}.
 
-{results}
 ## Load it
 
 With the library of megalodon-enwik8 installed (in a clone of it: `pip install .`):
@@ -54,9 +58,10 @@ import the same library.
 """
 
 
-def model_card(model: PreTrainedModel, checkpoint: Checkpoint, path: Path) -> str:
-    """The model card of a model and the checkpoint, read from `path`, that it was made of."""
-    config = checkpoint.experiment(path)
+def model_card(model: PreTrainedModel, checkpoint: Checkpoint) -> str:
+    """The model card of a model and the checkpoint that it was made of."""
+    config, row = checkpoint.config, find_row(checkpoint)
+    measured = [f"{row[name]:.4f} on {where}" for name, where in MEASURED.items() if name in row]
     text = named_text(config.data_path)
     description, licence = TEXTS.get(text, UNKNOWN)
     return CARD.format(
@@ -71,39 +76,15 @@ def model_card(model: PreTrainedModel, checkpoint: Checkpoint, path: Path) -> st
         length=config.seq_len,
         sha256=checkpoint.corpus_sha256,
         licence=licence,
-        results=_results(config, find_row(checkpoint, path)),
+        measured=", ".join(measured) or "not known, since no run folder told of it",
     )
 
 
-def find_row(checkpoint: Checkpoint, path: Path) -> Row:
-    """What the run's metrics.jsonl says of the weights of a checkpoint that was read from `path`;
-    empty where it does not lie in its own run's folder."""
-    try:
-        if load_config(path.with_name("config.yaml")).used() != checkpoint.config:
-            return {}
-    except (OSError, UserError):
-        return {}
-    rows = read_metrics(path.with_name("metrics.jsonl"))
-    return next((row for row in rows if row["step"] == checkpoint.step), {})
-
-
-def _results(config: ExperimentConfig, row: Row) -> str:
-    count, length = config.val_batches, config.seq_len
-    windows = f"{count} windows of {length} bytes, evenly spaced over the validation split"
-    if config.val_windows == "search":
-        windows = f"the {count - 1} windows midway between {windows}"
-    measured = {
-        "val_loss": windows,
-        "full_val_loss": f"the whole validation split, in windows of {length} bytes side by side",
-    }
-    lines = [
-        f"| {row[name]:.4f} | {bits_per_byte(row[name]):.4f} | {where} |"
-        for name, where in measured.items()
-        if name in row
-    ]
-    if not lines:
-        return "Its loss is not known: no run folder told of it when this was written.\n"
-    head = ["| loss, nats per byte | BPC, bits per byte | on |", "|---|---|---|"]
-    precision = precision_name(config.use_autocast)
-    foot = f"Measured in {precision}; each byte is predicted from those before it in its window."
-    return "\n".join([*head, *lines, "", foot, ""])
+def find_row(checkpoint: Checkpoint) -> Row:
+    """What the run's metrics.jsonl says of the weights of a checkpoint; empty where it does not lie
+    in its own run's folder."""
+    with contextlib.suppress(OSError, UserError):
+        if load_config(checkpoint.path.with_name("config.yaml")) == checkpoint.config:
+            rows = read_metrics(checkpoint.path.with_name("metrics.jsonl"))
+            return next((row for row in rows if row["step"] == checkpoint.step), {})
+    return {}

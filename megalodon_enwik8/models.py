@@ -6,14 +6,12 @@ import importlib.util
 import math
 import os
 import shutil
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,8 +22,6 @@ from megalodon.ops.timestep_norm import TimestepNormState, initial_state
 from megalodon_enwik8.checkpoint import Checkpoint
 from megalodon_enwik8.config import ExperimentConfig, model_of_key
 from megalodon_enwik8.safety import UserError
-
-FFN_MULTIPLE = 256
 
 # Compiling one block takes some 20 seconds on two CPU cores and then saves about a tenth of each
 # step; it pays from about 200 steps of the protocol on, which are this much arithmetic.
@@ -81,11 +77,12 @@ def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
 
 def build_llama(config: ExperimentConfig) -> PreTrainedModel:
     """The baseline: transformers' own LlamaForCausalLM."""
+    scale = 8 / 3 if config.ffn_dim_multiplier is None else config.ffn_dim_multiplier
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.num_tokens,
             hidden_size=config.dim,
-            intermediate_size=ffn_width(config.dim, config.ffn_dim_multiplier),
+            intermediate_size=256 * math.ceil(int(scale * config.dim) / 256),
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             head_dim=config.dim_head,
@@ -108,12 +105,6 @@ def build_llama(config: ExperimentConfig) -> PreTrainedModel:
             if isinstance(module, nn.Linear) and not tied:
                 module.reset_parameters()
     return model
-
-
-def ffn_width(dim: int, multiplier: float | None) -> int:
-    """multiplier * dim, or 8/3 of dim, rounded up to a multiple of 256 (2.67 of 384 gives 1280)."""
-    width = int(8 * dim / 3) if multiplier is None else int(multiplier * dim)
-    return FFN_MULTIPLE * math.ceil(width / FFN_MULTIPLE)
 
 
 def draw_by_fan_in(model: nn.Module, layers: int, outputs: tuple[str, ...]) -> None:
@@ -163,20 +154,21 @@ class LayerNormInstead(MegalodonLayerNorm):
         return super().forward(x), state._replace(steps=steps)
 
 
-def restore_model(checkpoint: Checkpoint, path: str | Path) -> PreTrainedModel:
-    """The model that a checkpoint read from `path` holds, on the CPU, in evaluation mode."""
-    model = build_model(checkpoint.experiment(path))
-    load_weights(model, checkpoint, path)
+def restore_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that a checkpoint holds, on the CPU, in evaluation mode."""
+    model = build_model(checkpoint.config)
+    load_weights(model, checkpoint)
     return model.eval()
 
 
-def load_weights(model: PreTrainedModel, checkpoint: Checkpoint, path: str | Path) -> None:
+def load_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raises UserError when the weights are not those of the checkpoint's own config."""
     try:
         model.load_state_dict(checkpoint.model_state)
     except (RuntimeError, AttributeError, TypeError) as error:  # some may be no tensors
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: its weights do not fit its own config: {reason}") from error
+        raise UserError(
+            f"{checkpoint.path}: its weights do not fit its own config: {error}"
+        ) from error
 
 
 def keeps_a_state(model: PreTrainedModel) -> bool:
@@ -188,8 +180,8 @@ def new_state(model: PreTrainedModel) -> MegalodonCache:
     """An empty state for a Megalodon. Raises UserError for a model without one."""
     if not keeps_a_state(model):
         raise UserError(
-            f"a {type(model).__name__} has no state of fixed size to carry: its memory of the text "
-            "grows with every byte; give it windows of the text, as --context N does"
+            "a Llama has no state of fixed size to carry: its memory of a text grows with every "
+            "byte; give it windows of the text, as --context N does"
         )
     return MegalodonCache(cast(MegalodonConfig, model.config))
 
@@ -204,46 +196,8 @@ def byte_losses(
     input_ids, targets = batch[:, :-1], batch[:, 1:]
     carried = {} if state is None else {"cache": state}
     logits = model(input_ids=input_ids, use_cache=state is not None, **carried).logits
-    return cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
-
-
-ELEMENTS_AT_A_TIME = 2**20
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[target] of each row, in nats: float32 (R,), or float64 where logits are.
-
-    Forward and backward go through the rows in pieces and compute each in float32; between
-    them only the logits as they are, and one number a row, are kept.
-
-    logits: (R, V), float. targets: (R,) int64.
-    """
-    losses: torch.Tensor = _CrossEntropy.apply(logits, targets)
-    return losses
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        rows = max(1, ELEMENTS_AT_A_TIME // logits.shape[1])
-        normalizer = torch.cat([piece.to(dtype).logsumexp(1) for piece in logits.split(rows)])
-        ctx.save_for_backward(logits, targets, normalizer)
-        return normalizer - logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, targets, normalizer = ctx.saved_tensors
-        rows = max(1, ELEMENTS_AT_A_TIME // logits.shape[1])
-        grad_logits = torch.empty_like(logits)
-        for into, piece, target, log_sum, weight in zip(
-            *(t.split(rows) for t in (grad_logits, logits, targets, normalizer, grad)), strict=True
-        ):
-            probabilities = (piece.to(log_sum.dtype) - log_sum.unsqueeze(1)).exp_()
-            probabilities -= F.one_hot(target, logits.shape[1])
-            into.copy_(probabilities.mul_(weight.unsqueeze(1)))
-        return grad_logits, None
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -263,31 +217,28 @@ def compile_layers(model: PreTrainedModel, config: ExperimentConfig) -> str:
     Raises UserError where compilation is asked for and cannot work.
     """
     device = next(model.parameters()).device
-    missing = _missing_for_compile(device)
-    if config.compile in (True, "graphs") and missing:
-        raise UserError(f"compile={str(config.compile).lower()}: {missing}; or set compile: false")
     graphs = config.compile == "graphs"
-    if graphs and device.type != "cuda":
-        raise UserError(f"compile=graphs: {device.type} has no CUDA graphs; set compile: true")
+    lacking = _lacking_for_compile(device, graphs)
     wanted, why = config.compile, "as configured"
     if wanted == "auto":
         flops = 6.0 * count_parameters(model) * config.tokens_per_step * config.num_batches
         pays = device.type == "cuda" or flops >= COMPILE_PAYS_FLOPS
-        wanted = pays and not missing
-        verb = "earn" if pays else "are too few to earn"
-        why = f"auto: {missing or f'{config.num_batches} steps of this size {verb} it back'}"
+        wanted = pays and not lacking
+        why = f"auto: {lacking or ('it pays' if pays else 'too few steps')}"
+    elif wanted and lacking:
+        raise UserError(f"compile={str(wanted).lower()}: {lacking}, or set compile: false")
     if wanted:
         for layer in decoder_layers(model):
             layer.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
     return f"{'graphs' if graphs else 'on' if wanted else 'off'} ({why})"
 
 
-def _missing_for_compile(device: torch.device) -> str | None:
+def _lacking_for_compile(device: torch.device, graphs: bool) -> str | None:
     """What torch.compile lacks on this device, as an instruction."""
+    if device.type == "mps" or (graphs and device.type != "cuda"):
+        return "use another device"
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "install triton"
-    if device.type == "cpu":
-        compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
-        found = any(name and shutil.which(name) for name in compilers)
-        return None if found else "install a C++ compiler (g++ or clang++)"
-    return f"torch.compile is not used on {device.type}"
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    found = any(name and shutil.which(name) for name in compilers)
+    return None if found else "install a C++ compiler"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megalodon_enwik8.config import ExperimentConfig, make_config, model_of_key
 from megalodon_enwik8.device import choose_device
 from megalodon_enwik8.evaluation import reading
+from megalodon_enwik8.generation import COLDEST
 from megalodon_enwik8.models import byte_losses, count_parameters, draw_model
 
 
@@ -44,12 +45,16 @@ class _LanguageModel(nn.Module):
     ) -> Tensor:
         """The `max_length` tokens (B, max_length) after a prompt (B, L), sampled. min_p is of the
         probabilities at this temperature; temperature 0 takes the likeliest."""
-        options: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            options |= {"temperature": temperature, "min_p": min_p, "top_k": 0, "top_p": 1.0}
         with reading(self.model):
             text: Tensor = cast(Any, self.model).generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_length, **options
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_length,
+                do_sample=True,
+                temperature=max(temperature, COLDEST),
+                min_p=min_p,
+                top_k=0,
+                top_p=1.0,
             )
         return text[:, prompt.shape[1] :]
 

@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock, remove_leftovers
+from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,13 +37,32 @@ Row = dict[str, Any]
 
 
 class RunFolder:
-    """The folder of one run, held by one process. Made by `open_run`."""
+    """The folder of one run. Who writes to it holds it; others of the same run may look."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self.path = path
-        self._stack = stack  # closes what is open when the process is done with the folder
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()  # closes what is open when the process is done with the folder
         self._metrics: IO[str] | None = None
         self._board: SummaryWriter | None = None
+
+    @contextmanager
+    def held(self, *, may_hold_a_run: bool) -> Iterator[None]:
+        """Create the folder if need be and hold it while the block runs.
+
+        Raises UserError if another process holds it, or if it holds a run and `may_hold_a_run` is
+        false.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._stack:
+            self._stack.enter_context(exclusive_lock(self.file(".lock"), blocking=False))
+            for leftover in self.path.glob(".*.writing"):  # of a process that was killed
+                leftover.unlink()
+            if self.holds_a_run() and not may_hold_a_run:
+                raise UserError(
+                    f"{self.path}: holds a run already; go on with --resume, start over with "
+                    "--overwrite, which keeps it under another name, or choose another run_dir="
+                )
+            yield
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -56,17 +75,17 @@ class RunFolder:
         names = ("config.yaml", "metrics.jsonl", "best.pt", "final.pt")
         return bool(self.checkpoints()) or any(self.file(name).exists() for name in names)
 
-    def find_checkpoint(self, resume: str | Path) -> tuple[Checkpoint, Path] | None:
+    def find_checkpoint(self, resume: str | Path) -> Checkpoint | None:
         """The checkpoint to resume from: the file `resume`, or the newest valid one here.
 
         None when the run was cut off before its first checkpoint. Damaged ones are skipped,
         with a line each. Raises UserError when `resume` is no checkpoint, or none here is valid.
         """
         if resume != NEWEST:
-            return load_checkpoint(resume), Path(resume)
+            return load_checkpoint(Path(resume))
         for path in reversed(self.checkpoints()):
             try:
-                return load_checkpoint(path), path
+                return load_checkpoint(path)
             except UserError as error:
                 print(f"skipped: {error}", file=sys.stderr)
         if self.checkpoints() or self.file("final.pt").exists():
@@ -77,44 +96,35 @@ class RunFolder:
         return None
 
     def begin(
-        self,
-        config: ExperimentConfig,
-        environment: dict[str, Any],
-        session: dict[str, Any],
-        resumed: Path | None,
+        self, config: ExperimentConfig, environment: dict[str, Any], resumed: Checkpoint | None
     ) -> None:
         """Write what the run is, and open metrics.jsonl for the rows that follow.
 
-        resumed: the checkpoint that the run goes on from, whose folder has the rows and sessions
-        before; None starts afresh.
+        environment: for environment.json, with this session as the last. resumed: what the run
+        goes on from, whose folder has the rows and sessions before; None starts afresh.
         """
-        here = resumed is not None and resumed.resolve().parent == self.path.resolve()
-        newest = [path.name for path in self.checkpoints()[-1:]]
-        if self.holds_a_run() and not (here and resumed and resumed.name in newest):
+        before = None if resumed is None else resumed.path.resolve()
+        if self.holds_a_run() and before not in [p.resolve() for p in self.checkpoints()[-1:]]:
             aside = self._rename()
-            resumed = aside / resumed.name if here and resumed else resumed
+            if before and before.parent == self.path.resolve():
+                before = aside / before.name
         rows: list[Row] = []
-        sessions: list[dict[str, Any]] = []
-        if resumed is not None:
-            step = session["from_step"]
-            found = read_metrics(resumed.with_name("metrics.jsonl"))
-            by_step = {row["step"]: row for row in found if 0 <= row["step"] < step}
-            rows = [by_step[i] for i in sorted(by_step)]
-            if len(rows) < step:
+        if resumed and before:
+            found = read_metrics(before.with_name("metrics.jsonl"))
+            rows = [row for row in found if row["step"] < resumed.step]
+            if len(rows) < resumed.step:
                 print(
-                    f"{resumed.parent}: metrics.jsonl tells of {len(rows)} of the {step} steps "
-                    f"before; the rest is lost",
+                    f"{before.parent}: metrics.jsonl tells of {len(rows)} of the {resumed.step} "
+                    "steps before; the rest is lost",
                     file=sys.stderr,
                 )
             with contextlib.suppress(OSError, ValueError, LookupError):  # it tells, no more
-                before = resumed.with_name("environment.json").read_text(encoding="utf-8")
-                sessions = json.loads(before)["sessions"]
-        content = json.dumps({**environment, "sessions": [*sessions, session]}, indent=2) + "\n"
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+                told = json.loads(before.with_name("environment.json").read_text(encoding="utf-8"))
+                environment["sessions"] = [*told["sessions"], *environment["sessions"]]
         for name, text in (
             ("config.yaml", config.to_yaml()),
-            ("environment.json", content),
-            ("metrics.jsonl", lines),
+            ("environment.json", json.dumps(environment, indent=2) + "\n"),
+            ("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
         ):
             with atomic_write(self.file(name)) as file:
                 file.write(text.encode())
@@ -158,57 +168,15 @@ class RunFolder:
             elif value is not None and name != "step":
                 self._board.add_scalar(name, value, row["step"])
 
-    def save(self, name: str, checkpoint: Checkpoint) -> None:
-        """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it."""
+    def save(self, name: str, checkpoint: Checkpoint, keep_last: int | None = None) -> None:
+        """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it. Of those to
+        resume from, the last `keep_last` are kept."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
         save_checkpoint(self.file(name), checkpoint)
-
-    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> None:
-        """Save checkpoint_<step>.pt and remove all but the last `keep_last` of its kind."""
-        self.save(f"checkpoint_{checkpoint.step:08d}.pt", checkpoint)
         if keep_last is not None:
             for old in self.checkpoints()[:-keep_last]:
                 old.unlink()
-
-
-class WatchedFolder(RunFolder):
-    """The folder to a process that leaves all writing to another."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(Path(path), ExitStack())
-
-    def begin(self, *args: object) -> None: ...
-
-    def log(self, row: Row) -> None: ...
-
-    def save(self, name: str, checkpoint: Checkpoint) -> None: ...
-
-    def save_step(self, checkpoint: Checkpoint, keep_last: int | None) -> None: ...
-
-
-@contextmanager
-def open_run(path: str | Path, *, may_hold_a_run: bool) -> Iterator[RunFolder]:
-    """Create the folder if need be and hold it while the block runs.
-
-    Raises UserError if another process holds it, if it is a file, or if it holds a run and
-    `may_hold_a_run` is false.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"run_dir={path}: is or goes through a file; name a folder") from None
-    with ExitStack() as stack:
-        stack.enter_context(exclusive_lock(folder / ".lock", blocking=False))
-        remove_leftovers(folder)
-        run = RunFolder(folder, stack)
-        if not may_hold_a_run and run.holds_a_run():
-            raise UserError(
-                f"{path}: holds a run already; go on with --resume, start over with --overwrite, "
-                f"which keeps it under another name, or choose another run_dir="
-            )
-        yield run
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -5,28 +5,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import math
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 from filelock import FileLock, Timeout
-
-LEFTOVER_SUFFIX = ".writing"  # of what a killed process was writing
 
 
 class UserError(Exception):
     """A user's mistake. The message is one line that names the thing and the remedy."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())[:800]  # what a library says may be long
 
 
 def run_main(
@@ -108,48 +107,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def whole_number(at_least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `at_least` to what 64 bits hold."""
-
-    def convert(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if at_least <= int(text) < 2**63:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {at_least}")
-
-    return convert
-
-
-def number(at_least: float, at_most: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number in the closed range."""
+def number(
+    at_least: float, at_most: float = 2**63 - 1, kind: type[float] | type[int] = float
+) -> Callable[[str], Any]:
+    """An argparse type: a number in the closed range."""
 
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if at_least <= float(text) <= at_most and math.isfinite(float(text)):
-                return float(text)
-        bounds = f">= {at_least:g}" + (f" and <= {at_most:g}" if at_most < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}")
+            if at_least <= kind(text) <= at_most:
+                return kind(text)
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} >= {at_least}, <= {at_most}")
 
     return convert
 
 
-class _RawFile(io.FileIO):
-    """A raw file that remembers the first failed write: a library that writes through C++, as
-    torch.save does, may replace the OSError by one that does not say that the disk is full."""
-
-    failure: OSError | None = None
-
-    def write(self, data: object) -> int:
-        try:
-            return super().write(data)  # type: ignore[arg-type]
-        except OSError as error:
-            error.filename = self.name
-            self.failure = self.failure or error
-            raise
+whole_number = partial(number, kind=int)
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Yield a binary file whose content takes the place of `path` when the block ends well: it
     goes to a temporary file beside `path`, to the disk, and only then under the name.
 
@@ -157,32 +134,24 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     OSErrors name `path`.
     """
     target = Path(os.path.realpath(path))
-    # The cut keeps the temporary name within the 255 bytes of a file name.
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}{LEFTOVER_SUFFIX}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
-        with _RawFile(temporary, "wb") as raw:
-            try:
-                file: io.BufferedWriter = io.BufferedWriter(raw, 1 << 20)
-                yield file
-                file.flush()
-                os.fsync(raw.fileno())
-            except Exception as error:
-                raise raw.failure or error from None
-            finally:
-                raw.close()  # first: what is still buffered may be what cannot be written
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException as error:
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, OSError):  # which torch.save hides behind its own
+            cause = cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        cause.filename = os.fsdecode(path)
+        raise cause from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename in (str(temporary), temporary):
-            error.filename = os.fsdecode(path)
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder. Only for who holds its lock."""
-    for leftover in folder.glob(f".*{LEFTOVER_SUFFIX}"):
-        leftover.unlink()
 
 
 @contextmanager
@@ -214,9 +183,8 @@ class StopRequest:
 
     The second one ends the process at once, as it does without a handler, unless it is another
     SIGHUP: a shell that dies with its terminal hangs up its jobs twice. A signal that the process
-    was started to ignore (as behind nohup) stays ignored. Outside the main thread, where Python
-    cannot set handlers, nothing changes. Under torchrun, which kills who does not end within half
-    a minute, a second one changes nothing.
+    was started to ignore (as behind nohup) stays ignored. Under torchrun, which kills who
+    does not end within half a minute, a second one changes nothing.
     """
 
     def __init__(self) -> None:
@@ -232,10 +200,9 @@ class StopRequest:
         return self.signal_number
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP):
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP):
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:

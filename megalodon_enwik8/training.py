@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
+import os
 import platform
 import secrets
 import shlex
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,12 +20,14 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import transformers
+import yaml
+from pydantic import TypeAdapter
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from megalodon_enwik8.checkpoint import Checkpoint
-from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, bits_per_byte, precision_name
-from megalodon_enwik8.data import Corpus, load_corpus, training_batch, validation_windows
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, bits_per_byte
+from megalodon_enwik8.data import Corpus, load_corpus, training_batch, validation_starts
 from megalodon_enwik8.device import (
     autocast,
     choose_device,
@@ -34,8 +37,8 @@ from megalodon_enwik8.device import (
     peak_memory_bytes,
     processor_name,
 )
-from megalodon_enwik8.distributed import World, join, restarted, spread_like, whole
-from megalodon_enwik8.evaluation import evaluate, score_windows
+from megalodon_enwik8.distributed import World, join, spread_like, whole
+from megalodon_enwik8.evaluation import score_windows
 from megalodon_enwik8.generation import PrintableDecoder, generate_bytes
 from megalodon_enwik8.models import (
     build_model,
@@ -44,15 +47,10 @@ from megalodon_enwik8.models import (
     count_parameters,
     load_weights,
 )
-from megalodon_enwik8.run_folder import (
-    NEWEST,
-    Row,
-    RunFolder,
-    WatchedFolder,
-    check_tracker,
-    open_run,
-)
+from megalodon_enwik8.run_folder import NEWEST, Row, RunFolder, check_tracker
 from megalodon_enwik8.safety import Stopped, StopRequest, UserError
+
+STOPPED = "stopped, the earlier checkpoints are good; start again with a lower learning_rate"
 
 
 def train(
@@ -67,49 +65,41 @@ def train(
     keep_freed_memory()
     device = choose_device()
     check_tracker(config.tracker)
-    with join(device, config.chunk_parallel) as world:
+    with join(device, config.chunk_parallel) as world, ExitStack() as stack:
+        config = world.from_main(config)
         world.check(config)
-        if world.largest(restarted()):
+        # torchrun counts on each machine how often it has started the run anew.
+        if world.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
             resume, overwrite = NEWEST, False
-        here = Path(config.run_dir).resolve()
-        goes_on_here = resume is not None and (
-            resume == NEWEST or Path(resume).resolve().parent == here
-        )
-        opened: AbstractContextManager[RunFolder] = nullcontext(WatchedFolder(config.run_dir))
+        folder = RunFolder(config.run_dir)
         if world.is_main:
-            opened = open_run(config.run_dir, may_hold_a_run=overwrite or goes_on_here)
-        with opened as folder:
-            world.wait()
-            return _train(config, folder, world, resume)
+            stack.enter_context(folder.held(may_hold_a_run=overwrite or resume is not None))
+        world.wait()
+        return _train(config, folder, world, resume)
 
 
 def _train(
     config: ExperimentConfig, folder: RunFolder, world: World, resume: str | Path | None
 ) -> int:
-    device = world.device
-    found = folder.find_checkpoint(resume) if resume is not None else None
+    found = None if resume is None else folder.find_checkpoint(resume)
+    chosen: dict[str, Any] = {}
     if config.seed < 0:
-        seed = world.from_main(secrets.randbelow(2**31))
-        seed = seed if found is None else found[0].experiment(found[1]).seed
-        config = config.model_copy(update={"seed": seed})
-        print(f"seed={seed}: drawn, since the config leaves it open", flush=True)
+        chosen["seed"] = found.config.seed if found else secrets.randbelow(2**31)
+        print(f"seed={chosen['seed']}: drawn, since the config leaves it open", flush=True)
     if config.use_autocast == "auto":
-        fast = world.from_main(has_bfloat16(device))
-        config = config.model_copy(update={"use_autocast": fast})
+        chosen["use_autocast"] = has_bfloat16(world.device)
+    config = world.from_main(config.model_copy(update=chosen))
     if found is not None:
-        check_resumable(*found, config)
+        check_resumable(found, config)
     corpus = load_corpus(config.data_path, config.data_bytes)
     model = build_model(config)
     if found is not None:
-        load_weights(model, *found)
-    model.to(device)  # type: ignore[arg-type]
+        load_weights(model, found)
+    model.to(world.device)  # type: ignore[arg-type]
     compiled = compile_layers(model, config)
     trainer = Trainer(config, folder, corpus, model, world)
     if found is not None:
-        trainer.restore(*found)
-    elif resume is not None:
-        print(f"{config.run_dir} has no checkpoint yet: starting from step 0", flush=True)
-    print(describe(config, model, corpus, compiled, world), flush=True)
+        trainer.restore(found)
     environment = {
         "corpus": {
             "name": corpus.name,
@@ -118,10 +108,15 @@ def _train(
             "val_bytes": len(corpus.val),
         },
         "parameters": count_parameters(model),
+        "sessions": [describe_session(compiled, trainer.step, world)],
     }
-    session = describe_session(compiled, trainer.step, world)
+    said = {"run_dir": config.run_dir, "model": config.model, **environment}
+    print(yaml.safe_dump(said, sort_keys=False, allow_unicode=True), flush=True)
+    if config.use_autocast and not has_bfloat16(world.device):
+        print("bfloat16 is slow on this processor: use_autocast=auto is many times faster")
     world.wait()  # all have read what begin() may rename
-    folder.begin(config, environment, session, None if found is None else found[1])
+    if world.is_main:
+        folder.begin(config, environment, found)
     return trainer.run()
 
 
@@ -189,26 +184,22 @@ class Progress:
     best_val_loss: float = math.inf
 
 
+@dataclass
 class Trainer:
     """A run in progress: its model, optimizer, folder, and how far it is."""
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        folder: RunFolder,
-        corpus: Corpus,
-        model: PreTrainedModel,
-        world: World,
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.corpus = corpus
-        self.model = model
-        self.world = world
-        self.learner = world.distribute(model, config)
-        self.optimizer = make_optimizer(model, config)
-        self.windows = validation_windows(
-            corpus.val,
+    config: ExperimentConfig
+    folder: RunFolder
+    corpus: Corpus
+    model: PreTrainedModel
+    world: World
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.learner = self.world.distribute(self.model, config)
+        self.optimizer = make_optimizer(self.model, config)
+        self.validated = validation_starts(
+            self.corpus.val,
             count=config.val_batches,
             seq_len=config.seq_len,
             midway=config.val_windows == "search",
@@ -238,11 +229,11 @@ class Trainer:
                         row |= self.sample(bar)
                     self.check()
                     row |= self.train_one_step()
-                    self.folder.log(row)
+                    self.log(row)
                     if _due(self.step, config.save_every) or self.step == config.num_batches:
                         self.save()
                     self.check()
-                    bar.set_postfix_str(_progress_text(row), refresh=False)
+                    bar.set_postfix(bpc=row["train_bpc"], refresh=False)
                     bar.update()
                 self.finish(bar)
                 return 0
@@ -269,7 +260,7 @@ class Trainer:
             self.corpus.train,
             seed=config.seed,
             step=step,
-            rows=self.world.rows(config.sequences_per_step),
+            sequences=self.world.sequences(config.sequences_per_step),
             seq_len=config.seq_len,
         )
         batch = self.world.part(batch).to(self.world.device)
@@ -280,9 +271,8 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not finite and config.on_nonfinite == "stop":
             raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped, the earlier "
-                f"checkpoints are good; resume with on_nonfinite=skip, or start again with a "
-                f"lower learning_rate"
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: {STOPPED}, or resume with "
+                "on_nonfinite=skip"
             )
         seconds = time.perf_counter() - began
         self.step += 1
@@ -293,34 +283,21 @@ class Trainer:
             "train_loss": loss if finite else None,
             "train_bpc": bits_per_byte(loss) if finite else None,
             "grad_norm": grad_norm if finite else None,
-            "skipped_steps": self.progress.skipped_steps,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "tokens": self.step * config.tokens_per_step,
+            "learning_rate": config.learning_rate_at(step),
             "tokens_per_second": config.tokens_per_step / seconds,
-            "seconds": self.progress.seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+            **self.counts(),
         }
 
     def validate(self, bar: tqdm[NoReturn]) -> Row:
         """The loss on the fixed windows; keeps the weights if they are the best so far."""
-        config = self.config
-        loss = evaluate(
-            self.model,
-            self.windows,
-            use_autocast=config.use_autocast,
-            check=self.check,
-            world=self.world,
-        )
+        loss = self.score(self.validated)
         if not math.isfinite(loss):
-            raise UserError(
-                f"step {self.step}: validation loss {loss}: stopped, the earlier checkpoints are "
-                f"good; start again with a lower learning_rate"
-            )
+            raise UserError(f"step {self.step}: validation loss {loss}: {STOPPED}")
         # Without the file the best loss is another folder's, whose checkpoint was resumed here.
         best = self.progress.best_val_loss if self.folder.file("best.pt").exists() else math.inf
-        if self.world.largest(config.keep_best and loss < best):
+        if self.world.largest(self.config.keep_best and loss < best):
             self.progress.best_val_loss = loss
-            self.save("best.pt")
+            self.save("best.pt", with_optimizer=False)
         row = {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
         _say(
             bar,
@@ -328,6 +305,20 @@ class Trainer:
             f"({self.progress.seconds:.0f} s of training)",
         )
         return row
+
+    def score(self, starts: list[int] | None = None) -> float:
+        """The loss on windows of the validation split, which begin there or stand side by side."""
+        config = self.config
+        return score_windows(
+            self.model,
+            self.corpus.val,
+            context=config.seq_len,
+            stride=config.seq_len,
+            starts=starts,
+            use_autocast=config.use_autocast,
+            check=self.check,
+            world=self.world,
+        ).loss
 
     def sample(self, bar: tqdm[NoReturn]) -> Row:
         """The validation split's first bytes as a prompt, and what the model makes of them."""
@@ -348,57 +339,51 @@ class Trainer:
 
     def finish(self, bar: tqdm[NoReturn]) -> None:
         """Save final.pt, validate on the windows and the whole split, and show a sample."""
-        config = self.config
-        self.save("final.pt")
+        self.save("final.pt", with_optimizer=False)
         row: Row = {"step": self.step, **self.validate(bar)}
-        if config.full_validation:
-            score = score_windows(
-                self.model,
-                self.corpus.val,
-                context=config.seq_len,
-                stride=config.seq_len,
-                use_autocast=config.use_autocast,
-                check=self.check,
-                world=self.world,
-            )
-            row |= {"full_val_loss": score.loss, "full_val_bpc": bits_per_byte(score.loss)}
-            _say(bar, f"whole validation split: {score.loss:.4f}, {row['full_val_bpc']:.4f} BPC")
-        if config.generate_every:
+        if self.config.full_validation:
+            loss = self.score()
+            row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
+            _say(bar, f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
+        if self.config.generate_every:
             row |= self.sample(bar)
         self.check()
-        row |= {
-            "tokens": self.step * config.tokens_per_step,
-            "seconds": self.progress.seconds,
-            "skipped_steps": self.progress.skipped_steps,
-            "peak_memory_bytes": peak_memory_bytes(self.world.device),
-        }
-        self.folder.log(row)
+        self.log({**row, **self.counts()})
         _say(bar, f"final weights: {self.folder.file('final.pt')}")
 
-    def save(self, name: str | None = None) -> None:
-        """A checkpoint of this step; or, under a name, one of the weights alone."""
-        if name is None:
-            self.folder.save_step(self.checkpoint(), self.config.keep_last)
-        else:
-            self.folder.save(name, self.checkpoint(with_optimizer=False))
-        self.world.wait_for_main()
+    def counts(self) -> Row:
+        return {
+            "skipped_steps": self.progress.skipped_steps,
+            "tokens": self.step * self.config.tokens_per_step,
+            "seconds": self.progress.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+        }
 
-    def checkpoint(self, *, with_optimizer: bool = True) -> Checkpoint:
-        return Checkpoint(
-            config=self.config.used(),
+    def log(self, row: Row) -> None:
+        if self.world.is_main:
+            self.folder.log(row)
+
+    def save(self, name: str | None = None, *, with_optimizer: bool = True) -> None:
+        """A checkpoint of this step, named after it if not otherwise."""
+        checkpoint = Checkpoint(
+            config=self.config,
             step=self.step,
             corpus_sha256=self.corpus.sha256,
             progress=asdict(self.progress),
             model_state=whole(self.model.state_dict()),
             optimizer_state=whole(self.optimizer.state_dict()) if with_optimizer else None,
         )
+        if self.world.is_main:
+            name = name or f"checkpoint_{self.step:08d}.pt"
+            self.folder.save(name, checkpoint, self.config.keep_last)
+        self.world.wait_for_main()
 
-    def restore(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Go on where `checkpoint`, read from `path`, was made; the model has its weights."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `checkpoint` was made; the model has its weights."""
         if checkpoint.corpus_sha256 != self.corpus.sha256:
             raise UserError(
-                f"{path}: trained on another text than data_path={self.config.data_path} "
-                f"(SHA-256 {checkpoint.corpus_sha256[:16]}..., here {self.corpus.sha256[:16]}...)"
+                f"{checkpoint.path}: trained on another text than data_path="
+                f"{self.config.data_path}, by its SHA-256"
             )
         try:
             state = checkpoint.optimizer_state or {}
@@ -411,22 +396,21 @@ class Trainer:
                 shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq")]
                 if shapes != [parameter.shape] * 2 or not float(moments["step"]) > 0:
                     raise ValueError("moments of other weights")
-            counts = checkpoint.progress
-            seconds, best = float(counts["seconds"]), float(counts["best_val_loss"])
-            self.progress = Progress(seconds, int(counts["skipped_steps"]), best)
+            self.progress = TypeAdapter(Progress).validate_python(checkpoint.progress)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{path}: its optimizer or progress is damaged: {reason}") from error
+            raise UserError(
+                f"{checkpoint.path}: its optimizer or progress is damaged: {error}"
+            ) from error
         self.step = checkpoint.step
 
 
-def check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig) -> None:
+def check_resumable(checkpoint: Checkpoint, config: ExperimentConfig) -> None:
     """Raise UserError unless going on from `checkpoint` with `config` continues the same run."""
+    path, before = checkpoint.path, checkpoint.config
     if checkpoint.optimizer_state is None:
         raise UserError(
             f"{path}: holds weights only; resume from a checkpoint_*.pt of the same folder"
         )
-    before = checkpoint.experiment(path)
     # A cosine falls to its end at num_batches.
     free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"num_batches"}
     then, now = (
@@ -438,8 +422,6 @@ def check_resumable(checkpoint: Checkpoint, path: Path, config: ExperimentConfig
         for key in {**then, **now}
         if key not in free and then.get(key) != now.get(key)
     ]
-    if before.model != config.model:
-        changes = [f"model={config.model} (was {before.model})"]
     if changes:
         raise UserError(
             f"{path}: the run to resume has another config: {', '.join(changes)}; set it back"
@@ -461,35 +443,6 @@ def derive_seed(seed: int, step: int, purpose: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def describe(
-    config: ExperimentConfig,
-    model: PreTrainedModel,
-    corpus: Corpus,
-    compiled: str,
-    world: World,
-) -> str:
-    """The lines that open a run's output."""
-    device = world.device
-    precision = precision_name(config.use_autocast)
-    if config.use_autocast and not has_bfloat16(device):
-        precision += ", which is slow on this processor: use_autocast=auto is many times faster"
-    processes = ""
-    if world.size > 1:
-        how = f"{world.along_data[1]} x {world.along_time[1]} along time"
-        processes = f", {world.size} processes ({how}{', sharded' if config.shard else ''})"
-    lines = {
-        "model": f"{config.model}, {count_parameters(model):,} parameters",
-        "corpus": f"{corpus.name}: {len(corpus.train):,} bytes to train on, "
-        f"{len(corpus.val):,} to validate",
-        "step": f"{config.sequences_per_step} sequences x {config.seq_len} bytes "
-        f"({config.batch_size} at a time), {config.num_batches} steps",
-        "device": f"{device_name(device)}, {precision}{processes}",
-        "compile": compiled,
-        "folder": config.run_dir,
-    }
-    return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
-
-
 def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
     """What may differ each time a run is resumed, for environment.json."""
     return {
@@ -497,7 +450,7 @@ def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
         "from_step": step,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
@@ -533,12 +486,3 @@ def _say(bar: tqdm[NoReturn], text: str) -> None:
     except OSError as error:
         if error.errno != errno.EIO:  # a terminal closed: its signal is heard where all is saved
             raise
-
-
-def _progress_text(row: Row) -> str:
-    if row["train_loss"] is None:
-        return "not finite, skipped"
-    return (
-        f"loss {row['train_loss']:.3f}, {row['train_bpc']:.3f} BPC, "
-        f"{row['tokens_per_second']:,.0f} tokens/s"
-    )

@@ -351,7 +351,7 @@ def _stepper(model: PreTrainedModel, config: ExperimentConfig, world: World | No
     compile_layers(model.train(), config)
     learner = world.distribute(model, config)
     optimizer = make_optimizer(model, config)
-    shape = (len(world.rows(config.sequences_per_step)), config.seq_len + 1)
+    shape = (len(world.sequences(config.sequences_per_step)), config.seq_len + 1)
     batch = world.part(torch.randint(256, shape, device=device))
 
     def step() -> None:

@@ -94,13 +94,12 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("batch_size: '4'", "x.yaml: batch_size=4: Input should be a valid integer"),
         ("learning_rate: fast", "x.yaml: learning_rate=fast: Input should be a valid number"),
         ("learning_rate: 0", "x.yaml: learning_rate=0: Input should be greater than 0"),
-        ("warmup_steps: 1201", "warmup_steps=1201: must be at most num_batches=1200, all steps"),
         ("min_lr: 1e-5", "x.yaml: min_lr=1e-05: is where schedule: cosine ends, and at most learn"),
         ("schedule: cosine\nmin_lr: 1", "min_lr=1.0: is where schedule: cosine ends, and at most"),
         ("beta2: 1", "x.yaml: beta2=1: Input should be less than 1"),
         ("optimizer: sgd", "x.yaml: optimizer=sgd: Input should be 'adam' or 'adamw'"),
         ("learning_rate: .nan", "x.yaml: learning_rate=nan: Input should be a finite number"),
-        ("learning_rate: 1e999", "x.yaml: learning_rate=1e999: Input should be a finite number"),
+        ("learning_rate: 1e999", "x.yaml: learning_rate=inf: Input should be a finite number"),
         ("attention_dropout: 1", "x.yaml: attention_dropout=1: Input should be less than 1"),
         ("min_p: 1.1", "x.yaml: min_p=1.1: Input should be less than or equal to 1"),
         ("keep_last: 0", "x.yaml: keep_last=0: Input should be greater than or equal to 1"),
@@ -114,11 +113,7 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("use_autocast: float16", "use_autocast=float16: Input should be True, False or 'auto'"),
         ("compile: maybe", "x.yaml: compile=maybe: Input should be True, False, 'auto' or"),
         ("compile: graphs", "x.yaml: compile=graphs: replays what ran before, one micro-batch"),
-        (
-            "dim: 100\nheads: 3",
-            "dim=100: must be a multiple of heads=3, and dim_head=64 even",
-        ),
-        ("dim_head: 7", "dim_head=7 even, since RoPE rotates pairs"),
+        ("dim_head: 7", "x.yaml: dim_head=7: Input should be a multiple of 2"),
         ("num_layers: 6", "x.yaml: num_layers=6: is a key of model: megalodon, but this is model:"),
         ("model: megalodon\ndepth: 6", "x.yaml: depth=6: is a key of model: llama, but this is"),
         ("seed: 1\nseed: 2", "x.yaml: line 1: not valid YAML: seed is given twice"),
@@ -148,13 +143,16 @@ def test_a_mistake_is_one_line_naming_key_value_and_remedy(
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("seed=x", "command line: seed=x: Input should be a valid integer"),
-        ("sed=1", "command line: sed: unknown key; did you mean seed?"),
+        ("seed=x", "x.yaml and command line: seed=x: Input should be a valid integer"),
+        ("sed=1", "x.yaml and command line: sed: unknown key; did you mean seed?"),
         ("seed", "command line: 'seed': expected key=value, as in num_batches=100"),
         ("=1", "command line: '=1': expected key=value"),
         ("seed=[", "command line: 'seed': line 1: "),
         ("a\nb=[", "command line: 'a\\nb': line 1: "),
-        ("model=megalodon", "x.yaml: dim=384: is a key of model: llama, but this is model: mega"),
+        (
+            "model=megalodon",
+            "line: dim=384: is a key of model: llama, but this is model: mega",
+        ),
     ],
 )
 def test_a_wrong_override_is_named_as_such(refuse: Any, override: str, line: str) -> None:

@@ -63,8 +63,8 @@ def test_auto_is_bfloat16_where_the_processor_has_it_and_is_stored_as_what_it_wa
     config = make_tiny("llama", num_batches=1, use_autocast="auto")
     assert train(config) == 0
     assert load_config(Path(config.run_dir) / "config.yaml").use_autocast is fast
-    assert ("bfloat16 autocast" if fast else ", float32") in capsys.readouterr().out
+    assert "slow on this processor" not in capsys.readouterr().out
     config = make_tiny("llama", num_batches=1, use_autocast=True, run_dir=f"{config.run_dir}_2")
     assert train(config) == 0
     said = capsys.readouterr().out
-    assert ("which is slow on this processor: use_autocast=auto" in said) is not fast
+    assert ("slow on this processor: use_autocast=auto" in said) is not fast

@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     code, said = outcome(torchrun(2, WORKER, "tiny.yaml", *jobs, cwd=folder))
     assert code == 0, said
     assert said.count("final weights:") == 5  # the first process alone speaks
-    assert "2 processes (1 x 2 along time)" in said
+    assert "processes: 2" in said
     for name in ("data", "time", "shard"):
         assert_same_run(folder / name, folder / "one")
     ends = [load_checkpoint(folder / name / "final.pt").model_state for name in ("both", "one")]
@@ -118,12 +118,12 @@ def test_four_processes_share_sequences_and_time(folder: Path) -> None:
     assert train(load_config("tiny.yaml", ["run_dir=one"])) == 0
     code, said = outcome(launch(folder, 4, "run_dir=four", "chunk_parallel=2"))
     assert code == 0, said
-    assert "4 processes (2 x 2 along time)" in said
+    assert "processes: 4" in said
     assert_same_run(folder / "four", folder / "one")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [["--stream", "--streams", "3", "--segment", "40"], []])
+@pytest.mark.parametrize("how", [["--stream", "--streams", "3", "--piece", "40"], []])
 def test_a_split_is_scored_the_same_by_several(how: list[str], folder: Path) -> None:
     assert train(load_config("tiny.yaml", ["run_dir=one", "num_batches=1"])) == 0
     script = ROOT / "megalodon_enwik8" / "evaluation.py"
@@ -132,7 +132,7 @@ def test_a_split_is_scored_the_same_by_several(how: list[str], folder: Path) -> 
         options = ["one/final.pt", *how, "--out", f"{count}.json"]
         code, said = outcome(torchrun(count, script, *options, cwd=folder))
         assert code == 0, said
-        assert said.count("nats per byte") == 1
+        assert said.count("state_bytes: ") == 1
         scores.append(json.loads(Path(f"{count}.json").read_text()))
     for key in ("loss", "predicted", "state_bytes"):
         assert scores[0][key] == pytest.approx(scores[1][key], rel=1e-9)
@@ -142,7 +142,10 @@ def test_a_split_is_scored_the_same_by_several(how: list[str], folder: Path) -> 
 
 
 MISTAKES = {
-    "chunk_parallel=3": (2, "chunk_parallel=3: seq_len=64 must be that many parts of whole chunks"),
+    "chunk_parallel=3": (
+        2,
+        "chunk_parallel=3: seq_len=64 must be that many parts of whole",
+    ),
     "chunk_parallel=2": (3, "chunk_parallel=2: needs a multiple of 2 processes"),
     "grad_accum_every=7": (2, "batch_size x grad_accum_every=7: must be a multiple of the 2"),
     "run_dir=there": (2, "there: holds a run already"),
@@ -162,27 +165,11 @@ def test_a_mistake_is_said_once(mistake: str, folder: Path) -> None:
     assert "training.py" not in said  # no traceback of ours
 
 
-@pytest.mark.slow
-def test_processes_with_different_configs_are_refused(folder: Path) -> None:
-    script = folder / "unlike.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from train import main\n"
-        "from megalodon_enwik8.safety import run_main\n"
-        "rank = os.environ['RANK']\n"
-        "run_main(lambda: main(['--config', 'tiny.yaml', f'learning_rate=0.{rank}1']))\n"
-    )
-    code, said = outcome(torchrun(2, script, cwd=folder))
-    assert code != 0
-    assert said.count("error: the processes have different configs: learning_rate") == 1
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["shard=true"], "shard=true: has nobody to share with; start it with torchrun"),
-        (["chunk_parallel=2"], "needs a multiple of 2 processes, .* and there is one"),
+        (["chunk_parallel=2"], "needs a multiple of 2 processes, as in torchrun"),
     ],
 )
 def test_one_process_alone_has_nobody_to_share_with(
@@ -208,7 +195,7 @@ def test_a_process_without_a_device_of_its_own_is_refused(
 
 def test_a_llama_has_no_parts_along_time(folder: Path) -> None:
     (folder / "llama.yaml").write_text("model: llama\n")
-    with pytest.raises(UserError, match=r"a Llama attends to a whole sequence, .* use shard"):
+    with pytest.raises(UserError, match="a Llama attends to a whole sequence, and has shard"):
         load_config("llama.yaml", ["chunk_parallel=2"])
 
 
@@ -319,8 +306,8 @@ def test_writing_may_take_longer_than_a_process_that_hangs(folder: Path) -> None
     script = """
 import sys, time
 from megalodon_enwik8 import config, distributed, run_folder, training
-distributed.HANG_S, write = 15, run_folder.RunFolder.save_step
-run_folder.RunFolder.save_step = lambda *of: (time.sleep(20), write(*of))[1]
+distributed.HANG_S, write = 15, run_folder.RunFolder.save
+run_folder.RunFolder.save = lambda *of: (time.sleep(20), write(*of))[1]
 sys.exit(training.train(config.load_config("tiny.yaml", ["run_dir=run", "save_every=0"])))
 """
     (folder / "slow.py").write_text(script)

@@ -6,12 +6,9 @@ import gzip
 import hashlib
 import os
 import random
-import resource
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,11 +44,9 @@ class Server(ThreadingHTTPServer):
         return {
             "ENWIK8_URL": f"http://127.0.0.1:{self.server_port}/enwik8.zip",
             "ENWIK8_ZIP_SHA256": hashlib.sha256(zipped(TEXT)).hexdigest(),
-            "ENWIK8_SIZE": len(TEXT),
             "ENWIK8_SHA256": hashlib.sha256(TEXT).hexdigest(),
             "ENWIK8_DATA_BYTES": 190_000,
-            "DOWNLOAD_TRIES": 3,
-            "DOWNLOAD_WAIT_S": 0.01,
+            "DOWNLOAD_WAITS_S": (0, 0.01, 0.01),
             "DOWNLOAD_STALL_S": 0.2,
         }
 
@@ -105,7 +100,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def get(target: Path) -> None:
-    corpus = load_corpus(str(target), progress=False)
+    corpus = load_corpus(str(target))
     assert corpus.name == "enwik8"
     assert corpus.train.tobytes() + corpus.val.tobytes() == TEXT[:190_000]
 
@@ -141,22 +136,21 @@ def test_trouble_that_passes_ends_with_the_right_file(
     get(target)
     assert server.asked == len(plan) + 1
     assert left_by(target) == {"enwik8.gz"}
-    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "reason", "asked"),
+    ("behaviour", "reason"),
     [
-        ("404", "HTTP Error 404: Not Found", 1),
-        ("503", "HTTP Error 503: Service Unavailable", 3),
-        ("silent", "timed out", 3),
-        ("stall", "timed out", 3),
-        ("cut", "invalid hash value|IncompleteRead", 3),
-        ("wrong", "invalid hash value", 3),
+        ("404", "HTTP Error 404: Not Found"),
+        ("503", "HTTP Error 503: Service Unavailable"),
+        ("silent", "timed out"),
+        ("stall", "timed out"),
+        ("cut", "another SHA-256|IncompleteRead"),
+        ("wrong", "another SHA-256"),
     ],
 )
 def test_trouble_that_stays_is_one_line_and_leaves_no_file(
-    server: Server, target: Path, behaviour: str, reason: str, asked: int
+    server: Server, target: Path, behaviour: str, reason: str
 ) -> None:
     server.last = behaviour
     with pytest.raises(UserError, match=reason) as caught:
@@ -167,25 +161,19 @@ def test_trouble_that_stays_is_one_line_and_leaves_no_file(
         "sample: data_path=sample"
     )
     assert "\n" not in str(caught.value)
-    assert server.asked == asked
+    assert server.asked == 3
     assert left_by(target) == set()
-    assert socket.getdefaulttimeout() is None
     # What the line advises.
     place.write_bytes(server.archive)
     get(place)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "elsewhere.invalid"])
-def test_no_network_is_said_at_once(
-    target: Path, monkeypatch: pytest.MonkeyPatch, host: str
+def test_no_network_is_one_line(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
-    monkeypatch.setattr(data, "ENWIK8_URL", f"http://{host}:{port}/enwik8.zip")
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"Connection refused|look up elsewhere"):
+    monkeypatch.setattr(data, "ENWIK8_URL", "http://elsewhere.invalid/enwik8.zip")
+    with pytest.raises(UserError, match=r"look up elsewhere.*data_path=sample"):
         get(target)
-    assert time.monotonic() - began < data.DOWNLOAD_WAIT_S
     assert left_by(target) == set()
 
 
@@ -195,7 +183,7 @@ def start(server: Server, target: Path) -> subprocess.Popen[str]:
         "from megalodon_enwik8 import data\n"
         f"for name, value in {server.facts()!r}.items(): setattr(data, name, value)\n"
         "data.DOWNLOAD_STALL_S = 20\n"
-        f"data.load_corpus({str(target)!r}, progress=False)"
+        f"data.load_corpus({str(target)!r})"
     )
     environment = {**os.environ, "no_proxy": "*"}
     return subprocess.Popen(
@@ -203,19 +191,9 @@ def start(server: Server, target: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_fetch_leaves_nothing_that_is_taken_for_the_text(
-    server: Server, target: Path
-) -> None:
-    server.plan = ["stall"]
-    process = start(server, target)
-    deadline = time.monotonic() + 60
-    while not (server.asked and left_by(target)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert left_by(target)
-    assert not target.exists()
-    # As a process that is killed while it writes the text.
+@pytest.mark.usefixtures("server")
+def test_a_fetch_goes_on_where_another_was_killed_while_it_wrote(target: Path) -> None:
+    target.parent.mkdir()
     target.with_name(".enwik8.gz.1.writing").touch()
     get(target)
     assert left_by(target) == {"enwik8.gz"}
@@ -228,27 +206,3 @@ def test_two_processes_at_once_download_once(server: Server, target: Path) -> No
     assert server.asked == 1
     assert gzip.decompress(target.read_bytes()) == TEXT
     assert left_by(target) == {"enwik8.gz"}
-
-
-@pytest.mark.usefixtures("server")
-def test_full_disk_is_named_and_is_not_tried_again(target: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match=r"File too large: '.*/data/\.enwik8\.gz\.zip'"):
-            get(target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert left_by(target) == set()
-    get(target)
-
-
-def test_archive_of_another_text_is_one_line_and_leaves_no_file(
-    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for text in (TEXT[:-1], TEXT + b"x", bytes(10**7), bytes(len(TEXT))):
-        server.archive = zipped(text)
-        monkeypatch.setattr(data, "ENWIK8_ZIP_SHA256", hashlib.sha256(server.archive).hexdigest())
-        with pytest.raises(UserError, match="is not the text of 200,000 bytes"):
-            get(target)
-        assert left_by(target) == set()

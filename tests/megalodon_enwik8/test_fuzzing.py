@@ -285,11 +285,7 @@ def test_a_checkpoint_with_strange_content_is_used_or_refused_in_a_line(
         torch.save(content, path)
         try:
             assert (
-                len(
-                    generate_bytes(
-                        restore_model(load_checkpoint(path), path), b"x", length=2, seed=1
-                    )
-                )
+                len(generate_bytes(restore_model(load_checkpoint(path)), b"x", length=2, seed=1))
                 == 2
             )
         except UserError as error:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,14 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalodon_enwik8 import models
 from megalodon_enwik8.config import ExperimentConfig, load_config
 from megalodon_enwik8.distributed import World
-from megalodon_enwik8.evaluation import evaluate
+from megalodon_enwik8.evaluation import score_windows
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import (
     build_model,
     byte_losses,
     compile_layers,
     count_parameters,
-    ffn_width,
 )
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import make_optimizer, train_step
@@ -56,16 +56,6 @@ def test_shipped_files_build_the_models_of_the_comparison(name: str, parameters:
         assert count_parameters(build_model(config)) == parameters
 
 
-@pytest.mark.parametrize(
-    ("dim", "multiplier", "width"),
-    [(384, 2.67, 1280), (384, None, 1024), (384, 1.5, 768), (128, None, 512), (512, 1.5, 768)],
-)
-def test_ffn_width_is_rounded_up_to_a_multiple_of_256(
-    dim: int, multiplier: float | None, width: int
-) -> None:
-    assert ffn_width(dim, multiplier) == width
-
-
 def test_weights_are_a_function_of_the_seed(make_tiny: Any, model_name: str) -> None:
     first = build_model(make_tiny(model_name)).state_dict()
     torch.rand(3)  # whatever happened to the generator before
@@ -77,11 +67,11 @@ def test_weights_are_a_function_of_the_seed(make_tiny: Any, model_name: str) -> 
 
 def test_loss_is_that_of_the_next_byte(make_tiny: Any, model_name: str) -> None:
     model = build_model(make_tiny(model_name)).eval()
-    rows = torch.randint(256, (3, 21))
+    batch = torch.randint(256, (3, 21))
     with torch.no_grad():
-        log_p = model(rows[:, :-1]).logits.log_softmax(-1)
-        expected = -sum(log_p[b, t, rows[b, t + 1]] for b in range(3) for t in range(20))
-        torch.testing.assert_close(byte_losses(model, rows).sum(), expected)
+        log_p = model(batch[:, :-1]).logits.log_softmax(-1)
+        expected = -sum(log_p[b, t, batch[b, t + 1]] for b in range(3) for t in range(20))
+        torch.testing.assert_close(byte_losses(model, batch).sum(), expected)
 
 
 def test_tied_and_untied_output_matrices(make_tiny: Any) -> None:
@@ -101,6 +91,11 @@ def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny: Any
         matrix = model.model.layers[0].mlp.gate_proj.weight
         assert matrix.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
         assert (model.get_output_embeddings().weight is embedding) == tied
+
+
+def test_sizes_that_no_llama_has_are_one_line(make_tiny: Any) -> None:
+    with pytest.raises(UserError, match=r"^model=llama: .*not a multiple of the number"):
+        build_model(make_tiny("llama", dim=17))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +130,11 @@ def test_fan_in_draws_either_model_alike(make_tiny: Any, model_name: str, tied: 
 
 
 def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny: Any) -> None:
-    rows = torch.randint(256, (2, 20))
+    batch = torch.randint(256, (2, 20))
     fused, written_out = (build_model(make_tiny("llama", flash_attn=on)) for on in (True, False))
     assert written_out.config._attn_implementation == "eager"
     # Two orders of summation in float32.
-    torch.testing.assert_close(fused(rows).logits, written_out(rows).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused(batch).logits, written_out(batch).logits, rtol=1e-4, atol=1e-5)
 
 
 class CountMatrixProducts(TorchDispatchMode):
@@ -157,7 +152,7 @@ class CountMatrixProducts(TorchDispatchMode):
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
     make_tiny: Any, model_name: str
 ) -> None:
-    rows = torch.randint(256, (2, 25))
+    batch = torch.randint(256, (2, 25))
     gradients, products = [], []
     for enabled in (False, True):
         model = build_model(
@@ -165,7 +160,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
         ).train()
         torch.manual_seed(1)
         with CountMatrixProducts() as counter:
-            byte_losses(model, rows).sum().backward()
+            byte_losses(model, batch).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         products.append(counter.count)
     assert products[1] > products[0]
@@ -197,17 +192,21 @@ def test_compile_true_without_a_compiler_is_refused(
         compile_layers(build_model(config), config)
 
 
-def test_graphs_are_refused_where_there_are_none(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_are_refused_where_there_are_none(make_tiny: Any) -> None:
     config = make_tiny("llama", compile="graphs", grad_accum_every=1)
-    with pytest.raises(UserError, match="compile=graphs: cpu has no CUDA graphs; set compile: tr"):
+    with pytest.raises(
+        UserError, match="compile=graphs: use another device, or set compile: false"
+    ):
         compile_layers(build_model(config), config)
-    monkeypatch.setattr(World, "_gather_objects", lambda self, value: [value] * self.size)
     world = World(torch.device("cpu"))
     world.size = 2
     with pytest.raises(UserError, match="compile=graphs: is for one process"):
         world.check(config)
+
+
+def read_some(model: Any) -> None:
+    text = np.arange(60, dtype=np.uint8)
+    score_windows(model, text, context=19, stride=19, use_autocast=False)
 
 
 @pytest.mark.cuda
@@ -224,7 +223,7 @@ def test_graphs_train_as_layers_without_them(make_tiny: Any, model_name: str) ->
             batch = torch.randint(256, (4, config.seq_len + 1)).cuda()
             found.append(train_step(model, optimizer, batch, config)[0])
             if step % 3 == 2:  # in between, as a run does
-                evaluate(model, batch, use_autocast=False)
+                read_some(model)
                 generate_bytes(model, b"some prompt", length=3, seed=1)
         return found
 
@@ -237,7 +236,7 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
     make_tiny: Any, model_name: str, autocast: bool
 ) -> None:
     torch._dynamo.reset()
-    rows = torch.randint(256, (2, 25))
+    batch = torch.randint(256, (2, 25))
     model: Any = None
 
     def gradients(config: ExperimentConfig) -> list[torch.Tensor]:
@@ -245,7 +244,7 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
         model = build_model(config).train()
         compile_layers(model, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = byte_losses(model, rows).sum()
+            loss = byte_losses(model, batch).sum()
         loss.backward()
         return [parameter.grad for parameter in model.parameters()]
 
@@ -253,7 +252,7 @@ def test_compiled_layers_compile_once_and_give_the_same_gradients(
     compiled = gradients(make_tiny(model_name, compile=True))
     counters = torch._dynamo.utils.counters
     # Other shapes, and no gradients: served without compiling anew.
-    evaluate(model, torch.randint(256, (3, 20)), use_autocast=autocast)
+    read_some(model)
     generate_bytes(model, b"some prompt", length=3, seed=1)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]

@@ -90,7 +90,7 @@ def test_an_ablated_model_is_not_exported(make_tiny: Any, tmp_path: Path) -> Non
     config = make_tiny("megalodon", ablation="no_cema")
     path = tmp_path / "final.pt"
     state = build_model(config).state_dict()
-    save_checkpoint(path, Checkpoint(config.used(), 3, "", {}, state, None))
+    save_checkpoint(path, Checkpoint(config, 3, "", {}, state, None))
     with pytest.raises(UserError, match="trained with ablation=no_cema, for which the library has"):
         export([str(path), str(tmp_path / "exported")])
     assert not (tmp_path / "exported").exists()

@@ -79,17 +79,17 @@ def test_windows_predict_each_byte_once_from_at_least_context_minus_stride(
 
 
 @pytest.mark.parametrize(
-    ("length", "streams", "segment"),
+    ("length", "streams", "piece"),
     [(100, 1, 7), (100, 3, 8), (90, 7, 1), (101, 4, 1000), (41, 40, 3), (2, 1, 1)],
 )
 def test_streams_predict_each_byte_once_from_the_whole_of_their_own_text(
-    megalodon: Any, length: int, streams: int, segment: int
+    megalodon: Any, length: int, streams: int, piece: int
 ) -> None:
     text = make_text(length)
     sizes = [len(part) for part in np.array_split(np.arange(length - 1), streams)]
     starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes).tolist()
     expected = literal_score(megalodon, text, starts)
-    score = score_streams(megalodon, text, streams=streams, segment=segment, use_autocast=False)
+    score = score_streams(megalodon, text, streams=streams, piece=piece, use_autocast=False)
     assert_same(score, expected)
     assert score.state_bytes == 2 * (8 + 2 * 4 * 8 + 16 * 2 * 2 * 4 + 8 * 24 * 4) + 8 + 64
 
@@ -109,7 +109,7 @@ def test_only_what_is_read_at_a_time_is_held(megalodon: Any) -> None:
             return np.zeros(stop - start, dtype=np.uint8)
 
     text = Recording()
-    score = score_streams(megalodon, text, streams=3, segment=1000, use_autocast=False)
+    score = score_streams(megalodon, text, streams=3, piece=1000, use_autocast=False)
     assert (score.predicted.sum(), text.longest) == (30_000, 1001)
     text = Recording()
     score = score_windows(megalodon, text, context=3000, stride=3000, use_autocast=False)
@@ -121,7 +121,7 @@ def test_scoring_leaves_the_model_training_and_the_generator_alone(make_tiny: An
     before = torch.get_rng_state()
     text = make_text(100)
     results = [
-        score_streams(model, text, streams=2, segment=9, use_autocast=True).loss for _ in range(2)
+        score_streams(model, text, streams=2, piece=9, use_autocast=True).loss for _ in range(2)
     ]
     assert results[0] == results[1]
     assert model.training
@@ -130,9 +130,9 @@ def test_scoring_leaves_the_model_training_and_the_generator_alone(make_tiny: An
 
 
 def test_a_llama_has_no_state_to_carry(make_tiny: Any) -> None:
-    with pytest.raises(UserError, match="a LlamaForCausalLM has no state of fixed size to carry"):
+    with pytest.raises(UserError, match="a Llama has no state of fixed size to carry"):
         score_streams(
-            build_model(make_tiny("llama")), make_text(9), streams=1, segment=1, use_autocast=False
+            build_model(make_tiny("llama")), make_text(9), streams=1, piece=1, use_autocast=False
         )
 
 

@@ -42,7 +42,7 @@ def test_train_reads_the_file_and_the_overrides_in_any_order(
     path = write_config(tmp_path / "x.yaml", make_tiny("megalodon"))
     assert run(train.main, "num_batches=1", "--config", path, "seed=9") == 0
     out = capfd.readouterr().out
-    assert re.search(r"^model +megalodon, [\d,]+ parameters$", out, re.M)
+    assert re.search(r"^model: megalodon$", out, re.M)
     assert "step 1: validation loss" in out
     assert run(train.main, "--config", path, "--resume", "num_batches=2", "seed=9") == 0
     assert "step 2: validation loss" in capfd.readouterr().out
@@ -66,7 +66,7 @@ def test_what_train_refuses_is_one_line(
         ("--config", path, "seq_len=100000"): "seq_len",
         ("--config", path, "--resume", "--overwrite"): "give one of them",
         ("--config", path, "--resume", "none.pt"): "none.pt: no such checkpoint",
-        ("--config", path, "--resume", text_file): "truncated, damaged, of a newer version or not",
+        ("--config", path, "--resume", text_file): "truncated, damaged, of another version or not",
         ("--config", path, "--verbose"): "unrecognized arguments: --verbose",
     }
     for arguments, line in cases.items():
@@ -198,12 +198,12 @@ def test_what_inference_refuses_is_one_line(
         (weights, "--prompt-gzip", tmp_path / "none"): "none: No such file or directory: mend",
         (weights, "--prompt-gzip", cut): "cut.pt: cannot be read: Not a gzipped file",
         (weights, "--prompt-gzip", short): "short.gz: cannot be read: Compressed file ended",
-        (weights.parent, *p): "no such checkpoint: ",
+        (weights.parent, *p): "no such checkpoint; ",
         (tmp_path / "none.pt", *p): "none.pt: no such checkpoint",
-        (cut, *p): "cut.pt: truncated, damaged, of a newer version or not",
-        (weights, *p, "--temperature", "-1"): "--temperature: '-1' is not a finite number >= 0",
-        (weights, *p, "--temperature", "nan"): "'nan' is not a finite number >= 0",
-        (weights, *p, "--min-p", "1.5"): "'1.5' is not a finite number >= 0 and <= 1",
+        (cut, *p): "cut.pt: truncated, damaged, of another version or not",
+        (weights, *p, "--temperature", "-1"): "--temperature: '-1' is not a number >= 0",
+        (weights, *p, "--temperature", "nan"): "'nan' is not a number >= 0",
+        (weights, *p, "--min-p", "1.5"): "'1.5' is not a number >= 0, <= 1",
         (weights, *p, "--top-k", "0"): "'0' is not a whole number >= 1",
         (weights, *p, "--max-length", "0"): "'0' is not a whole number >= 1",
         (weights, *p, "--max-length", "many"): "'many' is not a whole number >= 1",
@@ -211,8 +211,6 @@ def test_what_inference_refuses_is_one_line(
     }
     for arguments, line in cases.items():
         assert line in refused(capfd, inference.main, *arguments), arguments
-    stdin_is(tmp_path / "empty", monkeypatch)
-    assert "the prompt from stdin is empty" in refused(capfd, inference.main, weights)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +257,5 @@ def test_the_scripts_run_as_programs(
     assert done.stderr.startswith(b"9 bytes after a prompt of 2 in ")
     done = script("train.py", "--config", path, "sead=1")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == b"error: command line: sead: unknown key; did you mean seed?\n"
+    says = f"error: {path} and command line: sead: unknown key; did you mean seed?\n"
+    assert done.stderr == says.encode()

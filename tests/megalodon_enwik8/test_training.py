@@ -212,7 +212,7 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny: Any) -> None
 
 @pytest.mark.usefixtures("nan_at_step_3")
 def test_a_run_that_stopped_goes_on_with_steps_skipped(make_tiny: Any) -> None:
-    with pytest.raises(UserError, match="resume with on_nonfinite=skip, or start again"):
+    with pytest.raises(UserError, match="start again with a lower learning_rate, or resume with"):
         train(make_tiny("llama"))
     assert train(make_tiny("llama", on_nonfinite="skip"), resume=NEWEST) == 0
 
@@ -220,7 +220,7 @@ def test_a_run_that_stopped_goes_on_with_steps_skipped(make_tiny: Any) -> None:
 def test_a_validation_loss_that_is_not_finite_stops_the_run(
     make_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "evaluate", lambda *arguments, **options: math.inf)
+    monkeypatch.setattr(training.Trainer, "score", lambda self, starts: math.inf)
     with pytest.raises(UserError, match=r"^step 0: validation loss inf: stopped"):
         train(make_tiny("llama", keep_best=True))
 
@@ -243,18 +243,13 @@ def test_a_text_shorter_than_a_window_is_refused_before_the_folder_is_touched(
     assert (Path(make_tiny("llama").run_dir) / "final.pt").exists()
 
 
-@pytest.mark.parametrize(
-    ("value", "line"),
-    [
-        ("tpu", r"^FORCE_DEVICE=tpu: must be one of cuda, mps, cpu$"),
-        ("cuda", r"^FORCE_DEVICE=cuda: PyTorch .* finds no such device here; use cpu$"),
-    ],
-)
+@pytest.mark.parametrize("value", ["tpu", "cuda"])
 def test_a_device_that_is_unknown_or_absent_is_refused(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, value: str, line: str
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setenv("FORCE_DEVICE", value)
+    line = rf"^FORCE_DEVICE={value}: PyTorch .* finds no such device here; use cpu$"
     with pytest.raises(UserError, match=line):
         train(make_tiny("llama"))
