@@ -224,6 +224,11 @@ def model_of_key(name: str) -> str | None:
     return str(extra["model"]) if isinstance(extra, dict) else None
 
 
+def has_key(model: str, name: str) -> bool:
+    """Whether a model's config may have it; what is no key of any is for make_config to refuse."""
+    return name not in ExperimentConfig.model_fields or model_of_key(name) in (None, model)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML file and apply `key=value` overrides, their values read as YAML scalars.
 

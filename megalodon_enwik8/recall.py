@@ -1,14 +1,18 @@
 """Whether a model remembers: both learn to say a key's value again, after a gap:
 
-python -m megalodon_enwik8.recall runs/recall.json
+python -m megalodon_enwik8.recall runs/recall.json [KEY=VALUE ...]
 
 Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS keys, each
 with a value behind it, then a gap of other tokens, then the keys in another order, each with its
-value. Only those values count. A chance hit is one in VALUES. All in float32.
+value. Only those values count. Who knows which values came, but not which belongs to which key, and
+leaves out those that were asked for already, is right in half of all cases. Training begins with
+the shortest gap; the longer ones come in one after the other. KEY is any of a config; one that a
+model lacks is not for that model. All in float32.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -20,14 +24,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from megalodon_enwik8.config import ExperimentConfig, make_config
+from megalodon_enwik8.config import ExperimentConfig, has_key, make_config, read_overrides
 from megalodon_enwik8.device import choose_device, device_name
 from megalodon_enwik8.models import build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 from megalodon_enwik8.training import derive_seed, make_optimizer
 
-KEYS, VALUES, OTHERS = 64, 64, 128  # token ids, in this order
-PAIRS = 8
+KEYS, VALUES, OTHERS = 16, 16, 128  # token ids, in this order
+PAIRS = 4
 CHUNK = 64
 GAPS = {16: 0, 32: 0, 64: 1, 128: 2, 256: 4}
 """The lengths of the gap, and how many borders of chunks lie between a key and its return."""
@@ -36,6 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly 
     "megalodon": {
         "model_dim": 128, "num_layers": 2, "num_heads": 1, "z_dim": 64, "value_dim": 128,
         "ffn_hidden_dim": 220, "chunk_size": CHUNK, "init_mode": "fan_in",
+        "norm_num_groups": 4,  # of 32 channels, as the released models have them
     },
     "llama": {
         "dim": 128, "depth": 2, "heads": 2, "dim_head": 64, "ffn_dim_multiplier": 2.0,
@@ -44,22 +49,22 @@ SIZES: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly 
 }  # fmt: skip
 RECIPE = {"optimizer": "adamw", "beta2": 0.95, "weight_decay": 0.1, "schedule": "cosine"}
 RATES = (1e-3, 3e-3)
-TEST_ROWS = 256
+TEST_SEQUENCES = 256
 
 
-def draw(rows: int, gap: int, seed: int) -> torch.Tensor:
-    """(rows, 4 PAIRS + gap) int64; the values that count stand at ANSWERS."""
+def draw(sequences: int, gap: int, seed: int) -> torch.Tensor:
+    """(sequences, 4 PAIRS + gap) int64; the values that count stand at ANSWERS."""
     generator = torch.Generator().manual_seed(seed)
 
     def orders(of: int) -> torch.Tensor:
-        return torch.rand(rows, of, generator=generator).argsort(1)[:, :PAIRS]
+        return torch.rand(sequences, of, generator=generator).argsort(1)[:, :PAIRS]
 
     keys = orders(KEYS)
     values = torch.randint(KEYS, KEYS + VALUES, keys.shape, generator=generator)
-    pairs = torch.stack([keys, values], dim=2)  # (rows, PAIRS, 2)
+    pairs = torch.stack([keys, values], dim=2)  # (sequences, PAIRS, 2)
     again = pairs.take_along_dim(orders(PAIRS).unsqueeze(2), dim=1)
     low, high = KEYS + VALUES, KEYS + VALUES + OTHERS
-    others = torch.randint(low, high, (rows, gap), generator=generator)
+    others = torch.randint(low, high, (sequences, gap), generator=generator)
     return torch.cat([pairs.flatten(1), others, again.flatten(1)], dim=1)
 
 
@@ -67,20 +72,30 @@ ANSWERS = slice(1 - 2 * PAIRS, None, 2)
 """Where they stand in a sequence, and in what predicts all of it but the first token."""
 
 
-def config_of(model: str, rate: float, seed: int, steps: int) -> ExperimentConfig:
+def gap_of(step: int, steps: int) -> int:
+    """The gaps that are in by then take turns; after six tenths of all steps each is."""
+    gaps = list(GAPS)
+    known = 1 + min(len(gaps) - 1, int(len(gaps) * step / (0.6 * steps)))
+    return gaps[step % known]
+
+
+def config_of(
+    model: str, rate: float, seed: int, steps: int, given: dict[str, Any] | None = None
+) -> ExperimentConfig:
     run = {"learning_rate": rate, "seed": seed, "num_batches": steps, "warmup_steps": steps // 10}
-    values = {"run_dir": "unused", "model": model, **SIZES[model], **RECIPE, **run}
-    return make_config(values, "the probe")
+    own = {key: value for key, value in (given or {}).items() if has_key(model, key)}
+    values = {"run_dir": "unused", "model": model, **SIZES[model], **RECIPE, **run, **own}
+    return make_config(values, "command line")
 
 
-def train(config: ExperimentConfig, rows: int, device: torch.device) -> PreTrainedModel:
-    """A model that has learned for `num_batches` steps of `rows` sequences, the gaps by turns."""
+def train(config: ExperimentConfig, sequences: int, device: torch.device) -> PreTrainedModel:
+    """A model that has learned for `num_batches` steps of so many sequences."""
     model = build_model(config)
     model.to(device)  # type: ignore[arg-type]
     optimizer = make_optimizer(model.train(), config)
-    gaps = list(GAPS)
-    for step in tqdm(range(config.num_batches), unit="step", disable=None):
-        batch = draw(rows, gaps[step % len(gaps)], derive_seed(config.seed, step, "recall"))
+    steps = config.num_batches
+    for step in tqdm(range(steps), unit="step", disable=None):
+        batch = draw(sequences, gap_of(step, steps), derive_seed(config.seed, step, "recall"))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         byte_losses(model, batch.to(device))[:, ANSWERS].mean().backward()
@@ -94,32 +109,43 @@ def train(config: ExperimentConfig, rows: int, device: torch.device) -> PreTrain
 def accuracy(model: PreTrainedModel, gap: int) -> float:
     """The share of values that are said right, of sequences that no training drew."""
     device = next(model.parameters()).device
-    batch = draw(TEST_ROWS, gap, derive_seed(-1, gap, "recall")).to(device)
+    batch = draw(TEST_SEQUENCES, gap, derive_seed(-1, gap, "recall")).to(device)
     said = model(input_ids=batch[:, :-1], use_cache=False).logits[:, ANSWERS].argmax(-1)
     return float((said == batch[:, ANSWERS]).float().mean())
 
 
-def probe(out: Path, seeds: Sequence[int], steps: int, rows: int) -> None:
-    """Train each model at each rate with each seed, and add what it remembers to `out`; what is
-    there is not made again."""
+def probe(
+    out: Path, seeds: Sequence[int], steps: int, sequences: int, given: dict[str, Any]
+) -> None:
+    """Train each model that has the given keys at each rate with each seed, and add what it
+    remembers to `out`; what is there is not made again."""
     device = choose_device()
-    measured: dict[str, Any] = {"steps": steps, "sequences": rows, "chunk": CHUNK, "rows": []}
+    models = [model for model in SIZES if all(has_key(model, key) for key in given)]
+    configs = [
+        config_of(model, rate, seed, steps, given)
+        for seed in seeds
+        for rate in RATES
+        for model in models
+    ]
+    measured: dict[str, Any] = {"steps": steps, "sequences": sequences, "chunk": CHUNK}
+    measured |= {"given": given, "rows": []}
     if out.exists():
         try:
             before = json.loads(out.read_text())
         except ValueError:
             raise UserError(f"{out}: holds something else: name another file") from None
         if {**before, "rows": []} != measured:
-            raise UserError(f"{out}: was made with other steps or sequences: name another file")
+            raise UserError(
+                f"{out}: was made with other steps, sequences or keys: name another file"
+            )
         measured = before
     out.parent.mkdir(parents=True, exist_ok=True)
-    for seed, rate, name in ((s, r, n) for s in seeds for r in RATES for n in SIZES):
-        key = {"model": name, "learning_rate": rate, "seed": seed}
+    for config in configs:
+        key = {name: getattr(config, name) for name in ("model", "learning_rate", "seed")}
         if any(row | key == row for row in measured["rows"]):
             continue
-        config = config_of(name, rate, seed, steps)
         began = time.perf_counter()
-        model = train(config, rows, device)
+        model = train(config, sequences, device)
         row: dict[str, Any] = {
             **key,
             "parameters": count_parameters(model),
@@ -132,18 +158,25 @@ def probe(out: Path, seeds: Sequence[int], steps: int, rows: int) -> None:
         with atomic_write(out) as file:
             file.write((json.dumps(measured, indent=2) + "\n").encode())
         said = ", ".join(f"{gap}: {share:.2f}" for gap, share in row["accuracy"].items())
-        print(f"{name}, {rate:g}, seed {seed}: right after a gap of {said}", flush=True)
+        told = f"{config.model}, {config.learning_rate:g}, seed {config.seed}"
+        print(f"{told}: right after a gap of {said}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m megalodon_enwik8.recall", description=__doc__)
+    parser = Parser(
+        prog="python -m megalodon_enwik8.recall",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     count = whole_number(1)
     parser.add_argument("out", metavar="FILE", help="for the figures, a .json; is gone on with")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", nargs="+", type=count, default=[7, 8, 9], help="(7 8 9)")
-    parser.add_argument("--steps", type=count, default=2000, help="(%(default)s)")
+    parser.add_argument("--steps", type=count, default=800, help="(%(default)s)")
     parser.add_argument("--sequences", type=count, default=64, help="in a step (%(default)s)")
     options = parser.parse_args(argv)
-    probe(Path(options.out), options.seeds, options.steps, options.sequences)
+    given = read_overrides(options.settings)
+    probe(Path(options.out), options.seeds, options.steps, options.sequences, given)
     return 0
 
 

@@ -24,7 +24,7 @@ from megalodon.compat import CACHE_NAME
 from megalodon.ops import chunk_attention
 from megalodon_enwik8 import device as machine
 from megalodon_enwik8.benchmark.operations import DTYPE_COPY, KERNEL_NAMES, Operations, kernels
-from megalodon_enwik8.config import MODELS, ExperimentConfig, make_config, model_of_key
+from megalodon_enwik8.config import MODELS, ExperimentConfig, has_key, make_config
 from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import (
     build_model,
@@ -87,11 +87,6 @@ class Task:
             raise UserError(f"batch_size={size}: does not divide {sequences} sequences a step")
         own |= {"batch_size": size, "grad_accum_every": sequences // size}
         return make_config(own, "command line")
-
-
-def has_key(model: str, key: str) -> bool:
-    """Also of what is no key of a config, for others to refuse."""
-    return key not in ExperimentConfig.model_fields or model_of_key(key) in (None, model)
 
 
 def measure_apart(task: Task, limit: float, cache: str) -> dict[str, Any]:

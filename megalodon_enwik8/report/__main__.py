@@ -55,7 +55,7 @@ FILLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "curves": (pictures.draw_curves, "picture runs [timing]"),
     "contexts": (pictures.draw_contexts, "picture file"),
     "distances": (pictures.draw_distances, "picture files"),
-    "recall": (pictures.draw_recall, "picture file"),
+    "recall": (pictures.draw_recall, "picture files"),
 }
 
 

@@ -147,22 +147,25 @@ def draw_distances(results: Sequence[Mapping[str, Any]]) -> Figure:
     return with_legend(figure)
 
 
-def draw_recall(measured: Mapping[str, Any]) -> Figure:
+def draw_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
     """What `python -m megalodon_enwik8.recall` measured, of each model at its better rate: a thin
     line for each seed, a thick one for the mean."""
     figure, (axes,) = new_figure(1, 1, 4)
     figure.set_label("Values recalled by their keys, against the gap between")
-    for model, color in zip(MODELS, COLORS, strict=False):
-        rates: dict[float, list[list[float]]] = {}
-        for row in (row for row in measured["rows"] if row["model"] == model):
-            gaps = [int(gap) for gap in row["accuracy"]]
+    found: dict[str, dict[float, list[list[float]]]] = {}
+    for measured in results:
+        for row in measured["rows"]:
+            given = [f"{key} {value}" for key, value in measured["given"].items()]
+            rates = found.setdefault(", ".join([row["model"].title(), *given]), {})
             rates.setdefault(row["learning_rate"], []).append(list(row["accuracy"].values()))
+            gaps = [int(gap) for gap in row["accuracy"]]
+    for (name, rates), color in zip(found.items(), COLORS, strict=False):
         rate, seeds = max(rates.items(), key=lambda found: np.mean(found[1]))
         if len(seeds) > 1:
             axes.plot(gaps, np.transpose(seeds), color=color, linewidth=0.7, alpha=0.5)
-        label = f"{model.title()}, learning rate {rate:g}"
+        label = f"{name}, learning rate {rate:g}"
         axes.plot(gaps, np.mean(seeds, axis=0), color=color, marker="o", label=label)
-    axes.axvline(measured["chunk"], color="gray", linestyle=":")
+    axes.axvline(results[0]["chunk"], color="gray", linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens between (dotted: a chunk)", ylabel="share of values said right")
     axes.set_ylim(-0.03, 1.03)

@@ -51,12 +51,29 @@ def test_both_models_have_as_many_parameters() -> None:
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
+def test_longer_gaps_come_in_one_after_the_other() -> None:
+    gaps = [recall.gap_of(step, 1000) for step in range(1000)]
+    assert [gaps.index(gap) for gap in GAPS] == [0, 121, 242, 363, 484]
+    assert set(gaps[600:]) == set(GAPS)
+
+
+def test_a_key_is_for_the_models_that_have_it(tmp_path: Path) -> None:
+    out = tmp_path / "recall.json"
+    given = ["norm_num_groups=8", "--steps", "1", "--sequences", "2", "--seeds", "7"]
+    assert recall.main([str(out), *given]) == 0
+    measured = json.loads(out.read_text())
+    assert {row["model"] for row in measured["rows"]} == {"megalodon"}
+    assert measured["given"] == {"norm_num_groups": 8}
+    with pytest.raises(UserError, match="command line: norm_num_group: unknown key"):
+        recall.main([str(out), "norm_num_group=8"])
+
+
 def test_a_probe_goes_on_and_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "recall.json"
     monkeypatch.setattr(recall, "RATES", (1e-3,))
-    monkeypatch.setattr(recall, "TEST_ROWS", 4)
+    monkeypatch.setattr(recall, "TEST_SEQUENCES", 4)
     for seeds in (["7"], ["7", "8"]):
         assert recall.main([str(out), "--steps", "2", "--sequences", "2", "--seeds", *seeds]) == 0
         assert capsys.readouterr().out.count("right after a gap of") == 2  # of the new seed alone
@@ -68,8 +85,8 @@ def test_a_probe_goes_on_and_is_drawn(
         assert list(row["accuracy"]) == [str(gap) for gap in GAPS]
         assert all(0 <= share <= 1 for share in row["accuracy"].values())
     thin_and_thick = 2 * (2 + 1) + 1  # and the dotted one
-    assert len(draw_recall(measured).axes[0].get_lines()) == thin_and_thick
-    with pytest.raises(UserError, match="was made with other steps or sequences: name another"):
+    assert len(draw_recall([measured]).axes[0].get_lines()) == thin_and_thick
+    with pytest.raises(UserError, match="was made with other steps, sequences or keys: name anot"):
         recall.main([str(out), "--steps", "3"])
     out.write_text("not JSON")
     with pytest.raises(UserError, match="holds something else: name another file"):
