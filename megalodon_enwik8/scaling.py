@@ -57,7 +57,7 @@ class Costs:
     def sharded(self, processes: int, micro_batches: int = 1) -> Sent:
         """FSDP2: for each micro-batch an all-gather of a layer's weights before its forward and
         another before its backward, and one of all others; one reduce-scatter of the gradient a
-        step. A tensor is filled up to a multiple of N rows."""
+        step. A tensor's first dimension is filled up to a multiple of N."""
         layer, rest = (
             FLOAT * (processes - 1) * _elements(shapes, processes) // processes
             for shapes in (self.layer, self.rest)
@@ -102,5 +102,5 @@ class Costs:
 
 
 def _elements(shapes: Iterable[torch.Size], multiple: int = 1) -> int:
-    """Of tensors whose rows are filled up to a multiple."""
+    """Of tensors whose first dimension is filled up to a multiple."""
     return sum(-(-shape[0] // multiple) * multiple * shape[1:].numel() for shape in shapes)
