@@ -24,7 +24,7 @@ class Layout:
     fused: whether attention runs by PyTorch's fused operation.
     kept: the cache's, where few further tokens are read; else ``None``.
     time: the processes that share the sequence; ``None`` for this one alone.
-    counts: of plain text, for TimestepNorm; ``None`` for a single step and other text.
+    counts: for TimestepNorm; ``None`` for a single step.
     """
 
     rotary: Tensor
@@ -165,9 +165,9 @@ def read_layout(
         few = length <= BLOCK and lengths is not None and segments is None
         kept = None if cache is None else cache.keep_for(few and not torch.is_grad_enabled())
         counts = None
-        if length > 1 and segments is None:
+        if length > 1 or segments is not None:
             seen = 0 if time is None else time.rank * length
-            counts = step_counts(x, seen if lengths is None else lengths)
+            counts = step_counts(x, seen if lengths is None else lengths, segments)
         return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
 
     if mask is None and border is None:

@@ -52,13 +52,18 @@ class Segments:
         """Tokens of the own document up to and including each token: (B,) -> (B, L)."""
         return self.index + 1 + before.unsqueeze(1) * self.continues
 
+    def final(self, x: Tensor, before: Tensor) -> Tensor:
+        """x (B, L, K) at each row's last token; `before` (B, K) in rows without one."""
+        last = x.take_along_dim(self.last.view(-1, 1, 1), 1).squeeze(1)
+        return torch.where(self.any_valid.unsqueeze(1), last, before)
+
     def final_count(self, before: Tensor) -> Tensor:
         """Tokens of the row's last document after this batch: (B,) -> (B,)."""
-        counts = self.count(before).take_along_dim(self.last.unsqueeze(1), 1).squeeze(1)
-        return torch.where(self.any_valid, counts, before)
+        return self.final(self.count(before).unsqueeze(-1), before.unsqueeze(-1)).squeeze(-1)
 
     def cumsum(self, x: Tensor) -> Tensor:
-        """Cumulative sum of x (B, L, K) over positions, begun anew with each document."""
+        """Cumulative sum of x (B, L, K) over tokens, begun anew with each document."""
+        x = x.masked_fill(~self.mask.unsqueeze(-1), 0.0)
         total = x.cumsum(1)
         before = (total - x).take_along_dim(self.start.unsqueeze(-1), 1)
         return total - before.masked_fill(self.continues.unsqueeze(-1), 0.0)

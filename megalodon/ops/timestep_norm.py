@@ -83,11 +83,16 @@ class StepCounts(NamedTuple):
     ratio: Tensor
 
 
-def step_counts(x: Tensor, seen: Tensor | int = 0) -> StepCounts:
-    """The counts of x (B, L, ...), of whose rows `seen`, an int or (B,), steps were seen before."""
-    steps = torch.arange(1, x.shape[1] + 1, dtype=statistics_dtype(x), device=x.device)
-    total = steps.view(1, -1, 1)
-    total = total + (seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen)
+def step_counts(x: Tensor, seen: Tensor | int = 0, segments: Segments | None = None) -> StepCounts:
+    """The counts of x (B, L, ...), of whose rows `seen`, an int or (B,), steps were seen before;
+    with segments it is (B,), and each document has counts of its own."""
+    dtype = statistics_dtype(x)
+    if segments is None:
+        total = torch.arange(1, x.shape[1] + 1, dtype=dtype, device=x.device).view(1, -1, 1)
+        total = total + (seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen)
+    else:
+        assert isinstance(seen, Tensor)
+        total = segments.count(seen).unsqueeze(-1).to(dtype)
     return StepCounts(total, total / (total - 1).clamp(min=1))
 
 
@@ -116,7 +121,7 @@ def timestep_norm(
         state: what came before; ``None`` for the start of a text.
         segments: where padding and document borders lie; ``None`` for plain text.
         dtype: of y; ``None`` for that of x. Statistics are kept in :func:`statistics_dtype`.
-        counts: of plain text, where the caller has them; ``None``: made of the state.
+        counts: where the caller has them; ``None``: made of the state.
         return_state: whether the state after the last step is wanted.
         parts: of which x is one, without a state of its own; ``None``: x is all of the text.
 
@@ -124,41 +129,33 @@ def timestep_norm(
         y (B, L, D), and the state after the last step or ``None``.
     """
     dtype = dtype or x.dtype
-    single = x.shape[1] == 1 and parts is None
+    single = x.shape[1] == 1 and segments is None and parts is None
     if state is None and (segments is not None or single):
         state = initial_state(x, num_groups)
-    if segments is None and single:
+    if single:
         assert state is not None
         return _step(x, weight, bias, num_groups, eps, state, dtype)
-    if segments is None:
-        before = 0 if parts is None else parts.rank * x.shape[1]
-        counts = counts or step_counts(x, before if state is None else state.steps)
-        _, mean0, var0 = state or (None, None, None)
-        given = (x, weight, bias, *counts, mean0, var0, num_groups, eps, dtype, parts)
-        if parts is not None:
-            y, mean, var = _norm_of_part(*given)
-        else:
-            # A compiler does by itself what the function does, and keeps the code of no such one.
-            y, mean, var = _norm(*given)[:3] if is_compiling() else _TimestepNorm.apply(*given)
-        if not return_state:
-            return y, None
-        steps = counts.total[:, -1, 0].long().expand(x.shape[0])
-        return y, TimestepNormState(steps, mean[:, -1].clone(), var[:, -1].clone())
-
-    assert state is not None
-    groups = _by_group(x, num_groups)
-    mean, var = _segment_statistics(*_step_statistics(groups), state, segments)
-    y, _, _ = _normalise(groups, mean, var, weight, bias, eps, dtype)
+    before = 0 if parts is None else parts.rank * x.shape[1]
+    counts = counts or step_counts(x, before if state is None else state.steps, segments)
+    _, mean0, var0 = state or (None, None, None)
+    given = (x, weight, bias, counts, mean0, var0, num_groups, eps, dtype, segments, parts)
+    if parts is not None:
+        y, mean, var = _norm_of_part(*given)
+    elif segments is not None or is_compiling():
+        # A compiler does by itself what the function does, and keeps the code of no such one.
+        y, mean, var = _norm(*given)[:3]
+    else:
+        y, mean, var = _TimestepNorm.apply(*given)
     if not return_state:
         return y, None
-    # A row without a valid step keeps its state.
-    last, seen = segments.last.view(-1, 1, 1), segments.any_valid.view(-1, 1)
-    final_mean = mean.take_along_dim(last, 1).squeeze(1)
-    final_var = var.take_along_dim(last, 1).squeeze(1)
+    if segments is None:
+        steps = counts.total[:, -1, 0].long().expand(x.shape[0])
+        return y, TimestepNormState(steps, mean[:, -1].clone(), var[:, -1].clone())
+    assert state is not None
     return y, TimestepNormState(
         segments.final_count(state.steps),
-        torch.where(seen, final_mean, state.mean),
-        torch.where(seen, final_var, state.var),
+        segments.final(mean, state.mean),
+        segments.final(var, state.var),
     )
 
 
@@ -222,39 +219,32 @@ def _cumulative_statistics(
     counts: StepCounts,
     mean0: Tensor | None,
     var0: Tensor | None,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the steps' statistics into M_t and V_t, each (B, L, G), after M_0 and V_0, if any.
+    With segments these are there; padding is left out and documents are kept apart.
 
     The variance is a sum of non-negative terms, never a difference of two large sums::
 
         t V_t = sum_s v_s + (m_s - M_s)^2 s/(s-1)
     """
     total, ratio = counts
-    if mean0 is None:
+    if mean0 is None or var0 is None:
         mean = step_mean.cumsum(1, dtype=total.dtype) / total
-    else:  # shifted by the mean on entry, so that the sums stay small
-        start = mean0.unsqueeze(1)
-        mean = start + (step_mean - start).cumsum(1) / total
-    sums = torch.addcmul(step_var, (step_mean - mean).square(), ratio).cumsum(1)
-    if var0 is not None:
-        sums = torch.addcmul(sums, var0.unsqueeze(1), total[:, :1] - 1)
-    return mean, sums / total
-
-
-def _segment_statistics(
-    step_mean: Tensor, step_var: Tensor, state: TimestepNormState, segments: Segments
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_cumulative_statistics`, with padding left out and documents kept apart."""
-    dtype = state.mean.dtype
-    weight = segments.mask.unsqueeze(-1).to(dtype)
-    total = segments.count(state.steps).unsqueeze(-1).to(dtype)  # (B, L, 1), own step included
-    carried = segments.continues.unsqueeze(-1).to(dtype)  # 1 where the entry state still counts
-    seen = state.steps.to(dtype).view(-1, 1, 1) * carried
-    start = state.mean.unsqueeze(1) * carried
-    mean = start + segments.cumsum((step_mean - start) * weight) / total
-    ratio = total / (total - 1).clamp(min=1)
+        terms = torch.addcmul(step_var, (step_mean - mean).square(), ratio)
+        return mean, terms.cumsum(1) / total
+    # Shifted by the mean on entry, so that the sums stay small.
+    start, seen = mean0.unsqueeze(1), total[:, :1] - 1
+    if segments is not None:
+        continues = segments.continues.unsqueeze(-1)
+        start, seen = start * continues, seen * continues
+    mean = start + _cumsum(step_mean - start, segments) / total
     terms = torch.addcmul(step_var, (step_mean - mean).square(), ratio)
-    return mean, (state.var.unsqueeze(1) * seen + segments.cumsum(terms * weight)) / total
+    return mean, torch.addcmul(_cumsum(terms, segments), var0.unsqueeze(1), seen) / total
+
+
+def _cumsum(x: Tensor, segments: Segments | None) -> Tensor:
+    return x.cumsum(1) if segments is None else segments.cumsum(x)
 
 
 def _normalise(
@@ -281,22 +271,21 @@ def _norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    total: Tensor,
-    ratio: Tensor,
+    counts: StepCounts,
     mean0: Tensor | None,
     var0: Tensor | None,
     num_groups: int,
     eps: float,
     dtype: torch.dtype,
+    segments: Segments | None,
     parts: Parts | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, M_t and V_t; and what of :func:`_normalise` a backward needs."""
     groups = _by_group(x, num_groups)
     step_mean, step_var = _step_statistics(groups)
-    counts = StepCounts(total, ratio)
     if parts is not None:
         mean0, var0 = _statistics_before(step_mean, step_var, parts)
-    mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0)
+    mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0, segments)
     y, *used = _normalise(groups, mean, var, weight, bias, eps, dtype)
     return y, mean, var, used[0], used[1]
 
@@ -312,8 +301,8 @@ class _TimestepNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var, *used = _norm(*given)
-        x, weight, bias, total, _, mean0, *_ = given
-        ctx.save_for_backward(x, weight, total, mean0, *used)
+        x, weight, bias, counts, mean0, *_ = given
+        ctx.save_for_backward(x, weight, counts.total, mean0, *used)
         ctx.bias_dtype, ctx.parts = bias.dtype, given[-1]
         ctx.set_materialize_grads(False)
         return y, mean, var
@@ -354,19 +343,9 @@ class _TimestepNorm(torch.autograd.Function):
         offset = torch.addcmul(offset, slope, mean).to(mean.dtype)
         grad_x = grad_x.mul_(rstd.unsqueeze(-1)).sub_(offset.unsqueeze(-1))
         grad_x.addcmul_(normed, (slope / rstd).to(mean.dtype).unsqueeze(-1), value=-1)
-        return (
-            grad_x.flatten(-2).to(x.dtype),
-            grad_weight.to(weight.dtype),
-            grad_bias.to(ctx.bias_dtype),
-            None,
-            None,
-            grad_mean0,
-            grad_var0,
-            None,
-            None,
-            None,
-            None,
-        )
+        of_norm = (grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype))
+        nothing = [None] * 5
+        return grad_x.flatten(-2).to(x.dtype), *of_norm, None, grad_mean0, grad_var0, *nothing
 
 
 @torch.compiler.disable
