@@ -22,10 +22,10 @@ from torch import Tensor
 from .cema_blocks import (
     CEMACoefficients,
     block_matrices,
-    bring_back,
+    by_channel,
+    by_time,
     cema_blocks,
     cema_blocks_of_part,
-    lay_out,
     toeplitz,
 )
 from .parts import Parts
@@ -217,10 +217,10 @@ def cema_piece(x: Tensor, c: CEMAPieceCoefficients, state: Tensor) -> tuple[Tens
     batch, length, _ = x.shape
     state = state.to(c.toeplitz.dtype)
     entry = state.flatten(2).transpose(0, 1)  # (D, B, 2N)
-    rows = lay_out(x.to(state.dtype), length)  # (D, B, L)
+    u = by_channel(x.to(state.dtype), length)  # (D, B, L)
     summary, readout = c.sides[0, -length:].transpose(0, 1), c.sides[1, :length].permute(1, 2, 0)
-    y = torch.bmm(rows, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
-    added = torch.bmm(rows, summary).transpose(0, 1).unflatten(-1, (-1, 2))
+    y = torch.bmm(u, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
+    added = torch.bmm(u, summary).transpose(0, 1).unflatten(-1, (-1, 2))
     before = torch.view_as_complex(state.contiguous())
     after = torch.addcmul(torch.view_as_complex(added), c.powers[length], before)
-    return bring_back(y, batch, length).to(x.dtype), torch.view_as_real(after)
+    return by_time(y, batch, length).to(x.dtype), torch.view_as_real(after)

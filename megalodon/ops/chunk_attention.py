@@ -268,9 +268,9 @@ def _segmented(
         mask = same.flatten(0, 1).unsqueeze(1)
 
         def with_previous(x: Tensor) -> Tensor:
-            rows = x[:, :size].unflatten(1, (chunks, chunk_size))
-            previous = F.pad(rows[:, :-1], (0,) * 2 * (rows.dim() - 2) + (1, 0))
-            return torch.cat([previous, rows], dim=2).flatten(0, 1)
+            now = x[:, :size].unflatten(1, (chunks, chunk_size))
+            before = F.pad(now[:, :-1], (0,) * 2 * (now.dim() - 2) + (1, 0))
+            return torch.cat([before, now], dim=2).flatten(0, 1)
 
         y = _attend(queries, with_previous(keys), with_previous(values), dropout, fused, mask)
     else:

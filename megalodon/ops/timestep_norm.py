@@ -260,8 +260,8 @@ def _normalise(
     dtype = groups.dtype
     mean, rstd = mean.to(dtype), (var.to(dtype) + eps).rsqrt()
     # By another view than the statistics have: else a compiler would keep groups - mean as well.
-    rows, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, mean, rstd))
-    normed = (rows - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
+    steps, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, mean, rstd))
+    normed = (steps - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
     normed = normed.view(*groups.shape[:2], -1)
     y = torch.addcmul(bias.to(dtype), normed, (weight + 1).to(dtype))
     return y.to(y_dtype), mean, rstd
