@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..time_parallel import TimeGroup
 from .cema_blocks import (
     CEMACoefficients,
     block_matrices,
@@ -28,7 +29,6 @@ from .cema_blocks import (
     cema_blocks_of_part,
     toeplitz,
 )
-from .parts import Parts
 from .precision import wide_dtype, without_autocast
 from .scan import complex_power, q_powers
 from .segments import Segments, gather_slots, scatter_slots
@@ -80,7 +80,7 @@ def cema(
     segments: Segments | None = None,
     *,
     return_state: bool = True,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """CEMA of a whole piece of text at once, in blocks of T steps, as real matrix products.
 
@@ -98,15 +98,15 @@ def cema(
         state: (B, D, N, 2), the state on entry; ``None`` for zero.
         segments: where padding and document borders lie; ``None`` for plain text.
         return_state: whether the final state is wanted.
-        parts: of which x is one; then there is no state, neither before nor after, and there are
-            no segments. ``None``: x is all of it.
+        time: the processes that share the text; then there is no state, neither before nor after,
+            and there are no segments. ``None``: x is all of it.
 
     Returns:
         y (B, L, D) in the dtype of x; the state (B, D, N, 2) after the last step, or ``None``.
     """
     length = x.shape[1]
-    if parts is not None:
-        return cema_blocks_of_part(x, c, math.gcd(BLOCK, length), parts), None
+    if time is not None:
+        return cema_blocks_of_part(x, c, math.gcd(BLOCK, length), time), None
     if segments is not None:
         return _cema_segments(x, c, state, segments, return_state=return_state)
     if length == 1:

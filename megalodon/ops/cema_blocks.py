@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .parts import Parts
+from ..time_parallel import TimeGroup
 from .scan import block_scan, complex_power, q_powers, scan_jumps
 
 VERSION = 4
@@ -120,7 +120,7 @@ def _forward(
     state: Tensor | None,
     document: Tensor | None,
     block: int,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y, states, and for the backward the states on entry to each block, the powers of q and the
     matrices."""
@@ -134,8 +134,8 @@ def _forward(
     u = by_channel(x, block)
     s = _states(torch.bmm(u, summary), batch, c.p.dtype)
     first = None
-    if parts is not None:
-        first = _beyond(s, c, block, far, length, parts)
+    if time is not None:
+        first = _beyond(s, c, block, far, length, time)
     elif state is not None:
         first = torch.view_as_complex(state.contiguous()).transpose(0, 1).unsqueeze(2)
     if first is not None:
@@ -188,7 +188,7 @@ def _adjoint(
     coefficients: Sequence[Tensor],
     document: Tensor | None,
     block: int,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of p, log q and g as :func:`block_matrices_backward` gives them, of the
     kernel (D, T), and of the states on entry, (D, B, blocks, N, 2).
@@ -210,8 +210,8 @@ def _adjoint(
         of_states = torch.view_as_complex(grad_states.contiguous())
         s.addcmul_(jump[:, None, None], of_states)
     last = None
-    if parts is not None:
-        last = _beyond(s, c, block, far, length, parts, reverse=True)
+    if time is not None:
+        last = _beyond(s, c, block, far, length, time, reverse=True)
         s[:, :, -1:].addcmul_(jump[:, None, None], last)  # (D, B, 1, N)
     block_scan(s, c.log_q, block, far, document, reverse=True)
     after = s[:, :, 1:]
@@ -291,19 +291,19 @@ _cema_blocks.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.compiler.disable  # which cannot follow what processes tell each other
-def cema_blocks_of_part(x: Tensor, c: CEMACoefficients, block: int, parts: Parts) -> Tensor:
+def cema_blocks_of_part(x: Tensor, c: CEMACoefficients, block: int, time: TimeGroup) -> Tensor:
     """Outputs of one of the parts of a sequence, as of :func:`cema_blocks`; T divides L."""
-    y: Tensor = _CEMABlocksOfPart.apply(x, *c, block, parts)
+    y: Tensor = _CEMABlocksOfPart.apply(x, *c, block, time)
     return y
 
 
 class _CEMABlocksOfPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *c, block, parts = rest
-        output = _forward(x, c, None, None, block, parts)
+        *c, block, time = rest
+        output = _forward(x, c, None, None, block, time)
         _setup_context(ctx, (x, c, None, None, block), output)
-        ctx.adjoint = partial(_adjoint, parts=parts)
+        ctx.adjoint = partial(_adjoint, time=time)
         return output[0]
 
     @staticmethod
@@ -319,7 +319,7 @@ def _beyond(
     block: int,
     powers: Tensor,
     length: int,
-    parts: Parts,
+    time: TimeGroup,
     *,
     reverse: bool = False,
 ) -> Tensor:
@@ -328,8 +328,8 @@ def _beyond(
     alone = s.clone()
     block_scan(alone, c.log_q, block, powers, reverse=reverse)
     mine = torch.view_as_real(alone[:, :, :1] if reverse else alone[:, :, -1:])
-    others = torch.view_as_complex(parts.gather(mine))
-    others = others[parts.rank + 1 :] if reverse else others[: parts.rank]
+    others = torch.view_as_complex(time.gather(mine))
+    others = others[time.rank + 1 :] if reverse else others[: time.rank]
     ages = torch.arange(len(others), device=s.device).view(-1, 1, 1)
     q_re, q_im = complex_power(c.log_q, ages if reverse else ages.flip(0), scale=length)
     decay = torch.complex(q_re, -q_im if reverse else q_im)  # (parts, D, N)

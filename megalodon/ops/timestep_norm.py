@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .parts import Parts
+from ..time_parallel import TimeGroup
 from .precision import wide_dtype, without_autocast
 from .segments import Segments
 
@@ -109,7 +109,7 @@ def timestep_norm(
     *,
     counts: StepCounts | None = None,
     return_state: bool = True,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, TimestepNormState | None]:
     """TimestepNorm of a whole piece of text at once, as a cumulative sum.
 
@@ -123,23 +123,24 @@ def timestep_norm(
         dtype: of y; ``None`` for that of x. Statistics are kept in :func:`statistics_dtype`.
         counts: where the caller has them; ``None``: made of the state.
         return_state: whether the state after the last step is wanted.
-        parts: of which x is one, without a state of its own; ``None``: x is all of the text.
+        time: the processes that share the text; then there is no state before it, and there are
+            no segments. ``None``: x is all of it.
 
     Returns:
         y (B, L, D), and the state after the last step or ``None``.
     """
     dtype = dtype or x.dtype
-    single = x.shape[1] == 1 and segments is None and parts is None
+    single = x.shape[1] == 1 and segments is None and time is None
     if state is None and (segments is not None or single):
         state = initial_state(x, num_groups)
     if single:
         assert state is not None
         return _step(x, weight, bias, num_groups, eps, state, dtype)
-    before = 0 if parts is None else parts.rank * x.shape[1]
+    before = 0 if time is None else time.rank * x.shape[1]
     counts = counts or step_counts(x, before if state is None else state.steps, segments)
     _, mean0, var0 = state or (None, None, None)
-    given = (x, weight, bias, counts, mean0, var0, num_groups, eps, dtype, segments, parts)
-    if parts is not None:
+    given = (x, weight, bias, counts, mean0, var0, num_groups, eps, dtype, segments, time)
+    if time is not None:
         y, mean, var = _norm_of_part(*given)
     elif segments is not None or is_compiling():
         # A compiler does by itself what the function does, and keeps the code of no such one.
@@ -199,15 +200,15 @@ def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _statistics_before(
-    step_mean: Tensor, step_var: Tensor, parts: Parts
+    step_mean: Tensor, step_var: Tensor, time: TimeGroup
 ) -> tuple[Tensor | None, Tensor | None]:
     """M_0 and V_0 of a part whose steps have statistics (B, L, G): those of the parts before it,
     merged (Chan et al. 1983)."""
     step_mean, step_var = (t.to(statistics_dtype(t)) for t in (step_mean, step_var))
     var, mean = torch.var_mean(step_mean, 1, correction=0)
     summary = torch.stack([mean, step_var.mean(1) + var])
-    means, variances = parts.gather(summary)[: parts.rank].unbind(1)
-    if not parts.rank:
+    means, variances = time.gather(summary)[: time.rank].unbind(1)
+    if not time.rank:
         return None, None
     mean = means.mean(0)
     return mean, (variances + (means - mean).square()).mean(0)
@@ -278,13 +279,13 @@ def _norm(
     eps: float,
     dtype: torch.dtype,
     segments: Segments | None,
-    parts: Parts | None,
+    time: TimeGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, M_t and V_t; and what of :func:`_normalise` a backward needs."""
     groups = _by_group(x, num_groups)
     step_mean, step_var = _step_statistics(groups)
-    if parts is not None:
-        mean0, var0 = _statistics_before(step_mean, step_var, parts)
+    if time is not None:
+        mean0, var0 = _statistics_before(step_mean, step_var, time)
     mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0, segments)
     y, *used = _normalise(groups, mean, var, weight, bias, eps, dtype)
     return y, mean, var, used[0], used[1]
@@ -303,7 +304,7 @@ class _TimestepNorm(torch.autograd.Function):
         y, mean, var, *used = _norm(*given)
         x, weight, bias, counts, mean0, *_ = given
         ctx.save_for_backward(x, weight, counts.total, mean0, *used)
-        ctx.bias_dtype, ctx.parts = bias.dtype, given[-1]
+        ctx.bias_dtype, ctx.time = bias.dtype, given[-1]
         ctx.set_materialize_grads(False)
         return y, mean, var
 
@@ -331,8 +332,8 @@ class _TimestepNorm(torch.autograd.Function):
             to_var -= grad_var * 2 / (total * size)
         both = torch.cat([to_var, torch.addcmul(to_mean, to_var, mean, value=-1)], dim=-1)
         both = both.flip(1).cumsum(1).flip(1)  # sums over t >= s
-        if ctx.parts is not None:
-            both += ctx.parts.gather(both[:, :1])[ctx.parts.rank + 1 :].sum(0)
+        if ctx.time is not None:
+            both += ctx.time.gather(both[:, :1])[ctx.time.rank + 1 :].sum(0)
         slope, offset = both.chunk(2, dim=-1)
         grad_mean0 = grad_var0 = None
         if mean0 is not None:
