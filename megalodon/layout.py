@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KeptCoefficients, MegalodonCache
@@ -79,26 +80,41 @@ def packed_positions(
     for key, only in (("is_causal", True), ("output_router_logits", False)):
         if rest.pop(key, None) not in (None, only):
             raise ValueError(f"{key}={not only}: a Megalodon is causal and has no router")
-    flash = [rest.pop(f"{key}_{of}", None) for key in ("cu_seq_lens", "max_length") for of in "qk"]
+    ends, key_ends = rest.pop("cu_seq_lens_q", None), rest.pop("cu_seq_lens_k", None)
+    longest = [n for key in "qk" if (n := rest.pop(f"max_length_{key}", None)) is not None]
     seq_idx = rest.pop("seq_idx", None)
     if rest:
         raise TypeError(f"forward() got an unexpected keyword argument {next(iter(rest))!r}")
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    batch, length = x.shape[:2]
+    places = torch.arange(length, device=x.device).expand(batch, length)
     found = []
-    if any(part is not None for part in flash):
-        found.append(places - _document_starts(places, *flash))
+    if ends is not None or key_ends is not None or longest:
+        same = ends is not None and key_ends is not None and torch.equal(ends, key_ends)
+        rises = same and ends[0] == 0 and ends[-1] == length and (ends.diff() >= 0).all()
+        if batch != 1 or not rises:
+            raise ValueError(
+                f"cu_seq_lens_q={ends} and cu_seq_lens_k={key_ends} for {batch} rows of {length} "
+                "tokens: both must be given, be equal and rise from 0 to the length of a single row"
+            )
+        ends = ends.to(places)
+        found.append(places - ends[torch.searchsorted(ends, places, right=True) - 1])
+        if min(longest, default=length) < ends.diff().max():
+            raise ValueError(
+                f"max_length_q and max_length_k must be {int(ends.diff().max())}, the longest "
+                f"document of cu_seq_lens_q, or more; one is {int(min(longest))}"
+            )
     if seq_idx is not None:
         if seq_idx.shape != places.shape:
             raise ValueError(
                 f"seq_idx has shape {tuple(seq_idx.shape)}; it must be {tuple(places.shape)}"
             )
-        begins = torch.nn.functional.pad(seq_idx.to(places).diff() != 0, (1, 0), value=True)
+        begins = F.pad(seq_idx.to(places).diff() != 0, (1, 0), value=True)
         found.append(places - torch.where(begins, places, 0).cummax(1).values)
     if not found:
         return position_ids
     if position_ids is not None:
         found.append(position_ids.to(places))
-    if not all(p.shape[-1] == x.shape[1] and (p == found[0]).all() for p in found):
+    if not all(p.shape[-1] == length and (p == found[0]).all() for p in found):
         raise ValueError(
             "cu_seq_lens_q, seq_idx and position_ids differ in where documents begin: give one of "
             "them, or let positions count from 0 in each document"
@@ -106,36 +122,6 @@ def packed_positions(
     if attention_mask is not None and not attention_mask.all():
         raise ValueError("attention_mask has padding, which cu_seq_lens_q and seq_idx cannot name")
     return found[0]
-
-
-def _document_starts(
-    places: Tensor,
-    ends: Tensor | None,
-    key_ends: Tensor | None,
-    longest: int | None,
-    longest_key: int | None,
-) -> Tensor:
-    """The place where each token's document begins, (1, L), of flash-attention's arguments."""
-    if ends is None or key_ends is None or not torch.equal(ends, key_ends):
-        raise ValueError(
-            "cu_seq_lens_q and cu_seq_lens_k must both be given and be equal: the tokens of a "
-            "document are its queries and its keys"
-        )
-    batch, length = places.shape
-    ends = ends.to(places)  # (documents + 1,)
-    sizes = ends.diff()
-    if batch != 1 or ends[0] != 0 or ends[-1] != length or (sizes < 0).any():
-        raise ValueError(
-            f"cu_seq_lens_q={ends.tolist()} for {batch} rows of {length} tokens: it must rise from "
-            "0 to the length of a single row"
-        )
-    for number in (longest, longest_key):
-        if number is not None and number < sizes.max():
-            raise ValueError(
-                f"max_length_q and max_length_k must be {int(sizes.max())}, the longest document "
-                f"of cu_seq_lens_q, or more; one is {int(number)}"
-            )
-    return ends[torch.searchsorted(ends, places, right=True) - 1]
 
 
 def read_layout(
@@ -225,44 +211,28 @@ def document_borders(
     """
     if position_ids is None:
         return None
-    if position_ids.dim() == 1:
-        position_ids = position_ids.unsqueeze(0)
-    if position_ids.shape not in ((1, length), (batch, length)):
+    ids = torch.atleast_2d(position_ids)
+    if ids.shape not in ((1, length), (batch, length)):
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; it must be ({batch}, {length})"
         )
-    position_ids = position_ids.expand(batch, length)
-    decoding = length == 1 and mask is None
-    if decoding and lengths is not None and torch.equal(position_ids[:, 0], lengths):
-        return None  # where every operation counts
-    before = _previous_valid(position_ids, mask)
-    first = before < 0
-    border = (position_ids != before + 1) & ~first
-    if lengths is not None:
-        seen = lengths.unsqueeze(1)
-        restart = first & (position_ids == 0) & (seen > 0)
-        wrong = first & (position_ids != seen) & ~restart
-        if mask is not None:
-            wrong = wrong & mask
-        if wrong.any():
-            raise ValueError(
-                "position_ids do not continue the cache: a row's first position must be the "
-                "number of its tokens in the cache, or 0 for a new document"
-            )
-        border = border | restart
-    if mask is not None:
-        border = border & mask
-    return border if border.any() else None
-
-
-def _previous_valid(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The id at the last unmasked place before each one; -1 where there is none."""
-    padded = torch.nn.functional.pad(ids, (1, 0), value=-1)  # place t is at t + 1
-    places = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
+    ids = ids.expand(batch, length)
+    padded = F.pad(ids, (1, 0), value=-1)  # place t is at t + 1
+    places = torch.arange(1, length + 1, device=ids.device).expand_as(ids)
     if mask is not None:
         places = torch.where(mask, places, 0)
-    latest = torch.nn.functional.pad(places.cummax(1).values[:, :-1], (1, 0))
-    return padded.gather(1, latest)
+    latest = F.pad(places.cummax(1).values[:, :-1], (1, 0))
+    before = padded.gather(1, latest)  # at the last unmasked place before; -1 where there is none
+    first = before < 0
+    border = ids != torch.where(first, ids if lengths is None else lengths.unsqueeze(1), before + 1)
+    if mask is not None:
+        border = border & mask
+    if lengths is not None and (border & first & (ids != 0)).any():
+        raise ValueError(
+            "position_ids do not continue the cache: a row's first position must be the "
+            "number of its tokens in the cache, or 0 for a new document"
+        )
+    return border if border.any() else None
 
 
 def mask_labels(
@@ -279,6 +249,6 @@ def mask_labels(
     if border is not None:
         labels = labels.masked_fill(border, ignore_index)
     if mask is not None:
-        predicted = mask & torch.nn.functional.pad(mask[:, :-1], (1, 0), value=True)
+        predicted = mask & F.pad(mask[:, :-1], (1, 0), value=True)
         labels = labels.masked_fill(~predicted, ignore_index)
     return labels
