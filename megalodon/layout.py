@@ -140,46 +140,46 @@ def read_layout(
     batch, length = x.shape[:2]
     if time is not None:
         time.check(x, chunk_size)
-    mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
+    past = 0 if cache is None else cache.positions
+    mask = read_mask(attention_mask, batch, length, past)
     lengths = None
     if cache is not None and cache.lengths is not None:
         lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
     border = document_borders(position_ids, mask, lengths, batch, length)
-    uniform = 0 if cache is None else cache.uniform_length
-
-    def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
-        few = length <= BLOCK and lengths is not None and segments is None
-        kept = None if cache is None else cache.keep_for(few and not torch.is_grad_enabled())
-        counts = None
-        if length > 1 or segments is not None:
-            seen = 0 if time is None else time.rank * length
-            counts = step_counts(x, seen if lengths is None else lengths, segments)
-        return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
-
-    if mask is None and border is None:
-        if length == 1 and lengths is not None and uniform is None and return_state:
-            offset = lengths % chunk_size
-            return layout(rotary[offset].unsqueeze(1), offset)
-        if uniform is not None:
-            start = uniform % chunk_size
-            if length == 1:
-                return layout(rotary[start : start + 1], start)
-            places = torch.arange(start, start + length, device=x.device) % chunk_size
-            return layout(rotary[places], start)
-
-    if time is not None:
+    plain = mask is None and border is None
+    offset: int | Tensor = 0
+    segments = None
+    if plain and (cache is None or cache.is_uniform):
+        offset = past % chunk_size
+        if length == 1:
+            rotary = rotary[offset : offset + 1]
+        else:
+            rotary = rotary[torch.arange(offset, offset + length, device=x.device) % chunk_size]
+    elif plain and length == 1 and lengths is not None and return_state:
+        offset = lengths % chunk_size
+        rotary = rotary[offset].unsqueeze(1)
+    elif time is not None:
         raise ValueError(
             "padding and document borders (attention_mask, position_ids) are not served where "
             "processes share a sequence along time"
         )
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    if border is None:
-        border = torch.zeros_like(mask)
-    if lengths is None:
-        lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    segments = build_segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
-    return layout(rotary[segments.chunk_position], 0, segments)
+    else:
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        if border is None:
+            border = torch.zeros_like(mask)
+        if lengths is None:
+            lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        segments = build_segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
+        rotary = rotary[segments.chunk_position]
+    kept = counts = None
+    if cache is not None:
+        few = length <= BLOCK and cache.lengths is not None and segments is None
+        kept = cache.keep_for(few and not torch.is_grad_enabled())
+    if length > 1 or segments is not None:
+        seen = 0 if time is None else time.rank * length
+        counts = step_counts(x, seen if lengths is None else lengths, segments)
+    return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
 
 
 def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:

@@ -72,10 +72,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
         out = x + self._dropout(self.ffn(self.ffn_norm(y)), "dropout")
         if not layout.return_state:
             return out, None
-        assert norm_state is not None
-        assert cema_state is not None
-        assert attention_state is not None
-        return out, LayerState(norm_state, cema_state, attention_state)
+        return out, LayerState(norm_state, cema_state, attention_state)  # type: ignore[arg-type]
 
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
@@ -323,11 +320,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             assert input_ids is not None
-            if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-                raise ValueError(
-                    f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length) "
-                    "with at least one token"
-                )
             try:
                 inputs_embeds = self.embed_tokens(input_ids)
             except IndexError:
@@ -339,7 +331,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.config.model_dim:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(x.shape)}; it must be (batch, length, "
-                f"{self.config.model_dim}) with at least one token"
+                f"{self.config.model_dim}) with at least one token, and input_ids (batch, length)"
             )
         _refuse_float16(x.dtype)
         if torch.is_autocast_enabled(x.device.type):

@@ -223,7 +223,7 @@ def _next_state(
         parts.append(x.new_zeros(x.shape[0], chunk_size - kept, *x.shape[2:]))
         return torch.cat(parts, dim=1)
 
-    keys, values = (None, None) if state is None else state
+    keys, values = state or (None, None)
     return AttentionState(update(k, keys), update(v, values))
 
 
@@ -238,27 +238,20 @@ def _segmented(
     fused: bool,
     return_state: bool,
 ) -> tuple[Tensor, AttentionState | None]:
-    """Rows with padding, documents or offsets of their own, by way of the chunk layout."""
+    """Rows with padding, documents or offsets of their own, by way of slots."""
     chunks, size = segments.num_chunks, segments.num_chunks * chunk_size
 
-    def lay_out(x: Tensor, cached: Tensor | None) -> Tensor:
-        buffer = scatter_slots(x, segments.chunk_slot, size + chunk_size)
-        if cached is None:
-            return buffer
-        # Cached slots come first; those that this piece fills are overwritten by it.
-        filled = scatter_slots(segments.mask, segments.chunk_slot, size + chunk_size)
-        filled = filled[:, :chunk_size, None, None]
-        head = torch.where(filled, buffer[:, :chunk_size], cached.to(x.dtype))
-        return torch.cat([head, buffer[:, chunk_size:]], dim=1)
+    def to_slots(x: Tensor, cached: Tensor | None = None) -> Tensor:
+        return scatter_slots(x, segments.chunk_slot, size + chunk_size, cached)
 
     def in_chunks(x: Tensor) -> Tensor:
         return x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1)
 
-    keys = lay_out(k, None if state is None else state.keys)
-    values = lay_out(v, None if state is None else state.values)
-    queries = in_chunks(lay_out(q, None))
+    cached_keys, cached_values = state or (None, None)
+    keys, values = to_slots(k, cached_keys), to_slots(v, cached_values)
+    queries = in_chunks(to_slots(q))
     if segments.has_borders:
-        # A chunk of a document may lie across a border of the layout, but reaches no further
+        # A chunk of a document may lie across a border of the slots, but reaches no further
         # back than one.
         now = segments.chunk_start.unflatten(1, (chunks, chunk_size))
         before = F.pad(now[:, :-1], (0, 0, 1, 0), value=-1)

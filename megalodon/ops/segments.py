@@ -4,13 +4,13 @@ A row of tokens may hold padding anywhere and several documents one after the ot
 document of a row continues from the cached state; every other starts afresh. Plain rows need
 none of this, and the operations take ``segments=None`` for them.
 
-Three layouts are derived, once per forward pass:
+Three things are derived, once per forward pass:
 
 - the *rank* of a token among the valid ones, and its index inside its document;
-- *blocks* for CEMA: every document begins at a block border, so that the carry from block to
-  block is cut exactly there;
-- *chunks* for attention: the valid tokens of a row close together, behind the tokens of the
-  current chunk that the cache holds.
+- slots in *blocks* for CEMA: every document begins at a block border, so that the carry from
+  block to block is cut exactly there;
+- slots in *chunks* for attention: the valid tokens of a row close together, behind the tokens of
+  the current chunk that the cache holds.
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ class Segments:
 
     block: int
     num_blocks: int
-    block_slot: Tensor  # (B, L) slot in the block layout; num_blocks * block for padding
+    block_slot: Tensor  # (B, L) slot in the blocks; num_blocks * block for padding
     block_document: Tensor  # (B, num_blocks)
-    block_used: Tensor  # (B,) slots used in the block layout
+    block_used: Tensor  # (B,) slots used in the blocks
 
     num_chunks: int
-    chunk_slot: Tensor  # (B, L) slot in the chunk layout; (num_chunks + 1) * chunk for padding
+    chunk_slot: Tensor  # (B, L) slot in the chunks; (num_chunks + 1) * chunk for padding
     chunk_position: Tensor  # (B, L) position inside the chunk, for RoPE
     chunk_start: Tensor  # (B, num_chunks * chunk) slot at which the chunk of each slot starts
     chunk_last: Tensor  # (B,) slot at which the row's last chunk starts
@@ -72,7 +72,7 @@ class Segments:
 def build_segments(
     mask: Tensor, border: Tensor, lengths: Tensor, *, block: int, chunk: int
 ) -> Segments:
-    """Derive the layouts.
+    """Derive the index maps.
 
     Args:
         mask: (B, L) bool, False at padding.
@@ -141,10 +141,12 @@ def build_segments(
     )
 
 
-def scatter_slots(x: Tensor, slot: Tensor, size: int) -> Tensor:
-    """Lay x (B, L, ...) out by slot (B, L) in a zero buffer (B, size, ...); one slot more, the
-    last, takes what is padding and is cut off again."""
+def scatter_slots(x: Tensor, slot: Tensor, size: int, first: Tensor | None = None) -> Tensor:
+    """Lay x (B, L, ...) out by slot (B, L) in a buffer (B, size, ...) of zeros, behind the slots
+    that `first` brings, if any; one slot more, the last, takes what is padding and is cut off."""
     buffer = x.new_zeros(x.shape[0], size + 1, *x.shape[2:])
+    if first is not None:
+        buffer = torch.cat([first.to(x.dtype), buffer[:, first.shape[1] :]], dim=1)
     return buffer.scatter(1, _expand(slot, x), x)[:, :size]
 
 
