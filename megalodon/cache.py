@@ -244,27 +244,25 @@ class MegalodonCache(Cache):
         if self._start is not None:
             self.activate_past_recording()
 
-    def take_kept(self) -> Tensor | None:
-        """Ids (B, n) that a crop kept, to be read with those of the next call from the start of the
-        recording, if they are few and came without mask or positions; else ``None``."""
-        calls = self._calls if self._cropped else []
+    def read_again(
+        self, forward: Callable[..., Any], input_ids: Tensor | None = None
+    ) -> Tensor | None:
+        """See to what a crop kept before the next call: make those calls again, with
+        MegalodonModel's forward, and return ``None``; or, where they had ids alone, few of them,
+        and so has the next, `input_ids` (B, L), return the ids of all, to be read in one call."""
+        if self._start is None or not self._cropped:
+            return None
+        calls, self.positions, self._cropped = self._calls, self._start.positions, False
         ids = [call["input_ids"] for call in calls if call.keys() == {"input_ids"}]
-        if self._start is None or not ids or len(ids) < len(calls):
-            return None
-        kept = torch.cat(ids, dim=1)
-        if kept.shape[1] > FEW:
-            return None
-        self.positions, self._calls, self._cropped = self._start.positions, [], False
-        return kept
-
-    def read_again(self, forward: Callable[..., Any]) -> None:
-        """Make the calls again that a crop kept, with MegalodonModel's forward."""
-        if self._start is not None and self._cropped:
-            calls, self.positions, self._cropped = self._calls, self._start.positions, False
-            self.stop_recording()
-            for call in calls:
-                forward(**call, cache=self, use_cache=True)
-            self.activate_past_recording()
+        few = sum(each.shape[1] for each in ids) <= FEW
+        if input_ids is not None and few and len(ids) == len(calls):
+            self._calls = []
+            return torch.cat([*ids, input_ids], dim=1)
+        self.stop_recording()
+        for call in calls:
+            forward(**call, cache=self, use_cache=True)
+        self.activate_past_recording()
+        return None
 
     @property
     def is_linear(self) -> list[bool]:

@@ -1,6 +1,6 @@
 """How a batch lies: what the masks, positions and cache of a call mean for the operations."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cache import KeptCoefficients, MegalodonCache
 from .ops.cema import BLOCK
-from .ops.segments import Segments, build_segments
+from .ops.segments import Segments
 from .ops.timestep_norm import StepCounts, step_counts
 from .time_parallel import TimeGroup
 
@@ -42,21 +42,13 @@ class Layout:
         one model may lie on several."""
         if self.rotary.device == torch.device(device):
             return self
-        return _to_device(self, device, non_blocking)
 
+        def moved(part: Any) -> Any:
+            if isinstance(part, (Tensor, Segments)):
+                return part.to(device, non_blocking=non_blocking)
+            return StepCounts(*map(moved, part)) if isinstance(part, StepCounts) else part
 
-def _to_device(part: Any, device: torch.device | str | int, non_blocking: bool) -> Any:
-    if isinstance(part, Tensor):
-        return part.to(device, non_blocking=non_blocking)
-    if isinstance(part, (Layout, Segments)):
-        moved = {
-            field.name: _to_device(getattr(part, field.name), device, non_blocking)
-            for field in fields(part)
-        }
-        return replace(part, **moved)
-    if isinstance(part, StepCounts):
-        return StepCounts(*(_to_device(each, device, non_blocking) for each in part))
-    return part
+        return replace(self, **{name: moved(part) for name, part in vars(self).items()})
 
 
 def packed_positions(
@@ -170,7 +162,7 @@ def read_layout(
             border = torch.zeros_like(mask)
         if lengths is None:
             lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        segments = build_segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
+        segments = Segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
         rotary = rotary[segments.chunk_position]
     kept = counts = None
     if cache is not None:

@@ -261,15 +261,13 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if use_cache is None:
             wanted = self.config.use_cache and not self.training and self.time_group is None
             use_cache = cache is not None or wanted
-        kept = None
+        again = 0  # tokens that are read with the new ones
         if cache is not None:
-            plain = attention_mask is None and position_ids is None and inputs_embeds is None
-            if plain and use_cache and (kept := cache.take_kept()) is not None:
-                assert input_ids is not None
-                input_ids = torch.cat([kept, input_ids], dim=1)
-                x = self._embed(input_ids, None)
-            else:
-                cache.read_again(self.forward)
+            plain = use_cache and attention_mask is None and position_ids is None
+            ids = cache.read_again(self.forward, input_ids if plain else None)
+            if ids is not None:
+                again, input_ids = ids.shape[1] - x.shape[1], ids
+                x = self._embed(ids, None)
         elif use_cache:
             cache = MegalodonCache(self.config)
         layout = read_layout(
@@ -306,8 +304,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
         if output_hidden_states:
             hidden_states.append(x)
-        if kept is not None:
-            x, *hidden_states = (h[:, kept.shape[1] :] for h in (x, *hidden_states))
+        if again:
+            x, *hidden_states = (h[:, again:] for h in (x, *hidden_states))
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return ModelOutput(
             last_hidden_state=x,
@@ -422,12 +420,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                     "labels: the last of a part is another process's first; where processes share "
                     "a sequence, take the loss from the logits"
                 )
-            if labels.shape != x.shape[:2]:
+            if labels.shape != x.shape[:2] or logits.shape[1] != x.shape[1]:
                 raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}"
+                    f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}, and "
+                    "a loss needs the logits of all positions: logits_to_keep=0"
                 )
-            if logits.shape[1] != x.shape[1]:
-                raise ValueError("a loss needs the logits of all positions: logits_to_keep=0")
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
             positions = packed_positions(x, attention_mask, position_ids, packing)

@@ -86,24 +86,20 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         if skip_special_tokens:
             skipped = set(self.all_special_ids)
             ids = [i for i in ids if i not in skipped]
-        if len(self) == NUM_BYTES:
-            if ids and not 0 <= min(ids) <= max(ids) < NUM_BYTES:
-                self._refuse_id(next(i for i in ids if not 0 <= i < NUM_BYTES))
+        try:
             return bytes(ids)
-        return b"".join(map(self._id_to_bytes, ids))
+        except ValueError:  # added tokens
+            return b"".join(map(self._id_to_bytes, ids))
 
     def _id_to_bytes(self, index: int) -> bytes:
         if 0 <= index < NUM_BYTES:
             return bytes([index])
         if index not in self.added_tokens_decoder:
-            self._refuse_id(index)
+            raise ValueError(
+                f"{index} is no id of this tokenizer: it has {NUM_BYTES} bytes and "
+                f"{len(self) - NUM_BYTES} added tokens"
+            )
         return self.added_tokens_decoder[index].content.encode()
-
-    def _refuse_id(self, index: int) -> None:
-        raise ValueError(
-            f"{index} is no id of this tokenizer: it has {NUM_BYTES} bytes and "
-            f"{len(self) - NUM_BYTES} added tokens"
-        )
 
     def __call__(
         self,
@@ -144,8 +140,7 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         return self._byte_ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < NUM_BYTES:
-            self._refuse_id(index)
+        self._id_to_bytes(index)  # refuses what is no id
         return self._byte_tokens[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -144,11 +144,8 @@ def _cema_segments(
     q_re, q_im = complex_power(c.log_q, count.view(-1, 1, 1))
     re, im = (keep * part for part in entries[rows, last].unbind(-1))
     kept = torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
-    steps = torch.arange(block - 1, -1, -1, device=x.device).view(-1, 1, 1)
-    powers = torch.stack(complex_power(c.log_q, steps), dim=-1)  # (T, D, N, 2)
-    # Multiplied and summed: as a batched product it would be D tiny ones.
-    added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
-    return y, kept + added
+    _, added = cema_blocks(tail.to(c.p.dtype), c, None, None, block)  # from a state of zero
+    return y, kept + added[:, :, 0].transpose(0, 1)
 
 
 def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -217,11 +217,10 @@ def _next_state(
     new = min(kept, k.shape[1])  # of which this piece brought
 
     def update(x: Tensor, old: Tensor | None) -> Tensor:
-        parts = [x[:, x.shape[1] - new :]]
+        tail = x[:, x.shape[1] - new :]
         if old is not None and kept > new:
-            parts.insert(0, old[:, : kept - new].to(x.dtype))
-        parts.append(x.new_zeros(x.shape[0], chunk_size - kept, *x.shape[2:]))
-        return torch.cat(parts, dim=1)
+            tail = torch.cat([old[:, : kept - new].to(x.dtype), tail], dim=1)
+        return F.pad(tail, (0, 0, 0, 0, 0, chunk_size - kept))
 
     keys, values = state or (None, None)
     return AttentionState(update(k, keys), update(v, values))

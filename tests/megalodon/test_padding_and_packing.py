@@ -176,7 +176,7 @@ def test_plain_rows_take_the_plain_path() -> None:
     model = tiny_model()
     ids = torch.randint(0, 256, (2, 9))
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr("megalodon.layout.build_segments")
+        patch.delattr("megalodon.layout.Segments")
         model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(9)[None])
         model(ids, position_ids=torch.arange(3, 12)[None])
 
