@@ -55,9 +55,9 @@ class Entry(NamedTuple):
     """One tensor: names and shapes here and in the released code, and the axis of rotary pairs."""
 
     ours: str
-    shape: torch.Size
+    shape: tuple[int, ...]
     released: str
-    released_shape: torch.Size
+    released_shape: tuple[int, ...]
     pairs: int | None
 
 
@@ -73,7 +73,7 @@ def from_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> 
     """
     entries, constants = _entries(config), _constants(config)
     others = [
-        key
+        f"{key} is not this model's"
         for key, value in constants.items()
         if key in state_dict and not _same(state_dict[key], value)
     ]
@@ -135,8 +135,8 @@ def _entries(config: MegalodonConfig) -> list[Entry]:
         assert match is not None
         layer, module, parameter = match.groups("")
         released = f"{layer}{MODULES[module]}.{parameter}"
-        shape = tensor.shape + (1,) * ONES.get(f"{module}.{parameter}", 0)
-        entries.append(Entry(name, tensor.shape, released, shape, PAIRS.get(module)))
+        shape, ones = tuple(tensor.shape), (1,) * ONES.get(f"{module}.{parameter}", 0)
+        entries.append(Entry(name, shape, released, shape + ones, PAIRS.get(module)))
     return entries
 
 
@@ -150,30 +150,18 @@ def _reorder(tensor: Tensor, axis: int | None, order: Tensor) -> Tensor:
 
 def _check(
     state_dict: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
+    wanted: Mapping[str, tuple[int, ...]],
     whose: str,
-    other_constants: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> None:
-    """Raise one ValueError for all that is wrong."""
-    unknown = [key for key in state_dict if key not in shapes]
-    missing = [key for key in shapes if key not in state_dict]
+    """Raise one ValueError for all that is wrong, the others included."""
+    found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     wrong = [
-        f"{key} is {tuple(state_dict[key].shape)}, must be {tuple(wanted)}"
-        for key, wanted in shapes.items()
-        if key in state_dict and state_dict[key].shape != wanted
+        f"{key} is {found.get(key, 'absent')}, must be {wanted.get(key, 'absent')}"
+        for key in {**wanted, **found}
+        if found.get(key) != wanted.get(key)
     ]
-    problems = [
-        f"{name}: {', '.join(keys)}"
-        for name, keys in (
-            ("unknown", unknown),
-            ("missing", missing),
-            ("of another shape", wrong),
-            ("constants of another model", other_constants),
-        )
-        if keys
-    ]
-    if problems:
+    if wrong := [*wrong, *others]:
         raise ValueError(
-            f"the state dict is not {whose}, of world size one and this config; "
-            + "; ".join(problems)
+            f"the state dict is not {whose}, of world size one and this config: {'; '.join(wrong)}"
         )
