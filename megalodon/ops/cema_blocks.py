@@ -162,13 +162,9 @@ _cema_blocks = torch.library.custom_op(
 
 @_cema_blocks.register_fake
 def _(
-    x: Tensor,
-    coefficients: Sequence[Tensor],
-    state: Tensor | None,
-    document: Tensor | None,
-    block: int,
+    x: Tensor, coefficients: Sequence[Tensor], *others: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    (batch, length, dim), p = x.shape, coefficients[0]
+    (batch, length, dim), p, block = x.shape, coefficients[0], others[-1]
     order, blocks = p.shape[1], -(-length // block)
     saved = [
         x.new_empty(dim, batch * blocks, 2 * order),
@@ -248,14 +244,9 @@ _cema_blocks_backward = torch.library.custom_op(
 
 @_cema_blocks_backward.register_fake
 def _(
-    grad_y: Tensor,
-    grad_states: Tensor | None,
-    x: Tensor,
-    saved: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    document: Tensor | None,
-    block: int,
+    grad_y: Tensor, grad_states: Tensor | None, x: Tensor, saved: Any, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    coefficients, _, block = others
     (batch, length, dim), p = x.shape, coefficients[0]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),

@@ -36,7 +36,6 @@ class Segments:
     ) -> None:
         batch, length = mask.shape
         device = mask.device
-        border = border & mask
         self.has_borders = bool(border.any())
         self.mask, self.any_valid = mask, mask.any(1)  # (B, L), (B,) bool
         positions = torch.arange(length, device=device).expand(batch, length)
