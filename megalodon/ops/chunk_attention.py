@@ -94,7 +94,7 @@ def chunk_attention(
         chunk_size: C.
         state: keys and values of the current chunk so far; needed where offset is not 0.
         offset: tokens of the current chunk that the state holds: an int in [0, C) for all rows,
-            or (B,) where the rows differ.
+            or (B,) for a single token whose rows differ.
         segments: where padding and document borders lie, and the rows' offsets; ``None`` for
             plain text.
         dropout: probability with which entries of the attention map are dropped.
@@ -108,11 +108,9 @@ def chunk_attention(
     if segments is not None:
         return _segmented(q, k, v, chunk_size, state, segments, dropout, fused, return_state)
     length = q.shape[1]
-    if isinstance(offset, Tensor):
-        if length != 1 or state is None:
-            raise ValueError("rows with different offsets take one token at a time or segments")
-        return _decode(q, k, v, state, offset, dropout)
-    if length == 1 and state is not None and return_state and not torch.is_grad_enabled():
+    in_place = length == 1 and state is not None and return_state and not torch.is_grad_enabled()
+    if isinstance(offset, Tensor) or in_place:
+        assert state is not None
         return _decode(q, k, v, state, offset, dropout)
 
     head = min(length, chunk_size - offset) if offset else 0
