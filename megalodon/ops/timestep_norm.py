@@ -9,6 +9,7 @@ Ma et al. 2024 (arXiv 2404.08801), section 3.3. For group ``g`` of ``D / G`` cha
 The weight is stored minus one, so that weight decay pulls the effective scale to one.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -239,33 +240,10 @@ def _cumulative_statistics(
     if segments is not None:
         continues = segments.continues.unsqueeze(-1)
         start, seen = start * continues, seen * continues
-    mean = start + _cumsum(step_mean - start, segments) / total
+    cumsum = partial(torch.cumsum, dim=1) if segments is None else segments.cumsum
+    mean = start + cumsum(step_mean - start) / total
     terms = torch.addcmul(step_var, (step_mean - mean).square(), ratio)
-    return mean, torch.addcmul(_cumsum(terms, segments), var0.unsqueeze(1), seen) / total
-
-
-def _cumsum(x: Tensor, segments: Segments | None) -> Tensor:
-    return x.cumsum(1) if segments is None else segments.cumsum(x)
-
-
-def _normalise(
-    groups: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    y_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, L, D), and the mean and 1 / sqrt(V + eps) that it was made with."""
-    dtype = groups.dtype
-    mean, rstd = mean.to(dtype), (var.to(dtype) + eps).rsqrt()
-    # By another view than the statistics have: else a compiler would keep groups - mean as well.
-    steps, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, mean, rstd))
-    normed = (steps - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
-    normed = normed.view(*groups.shape[:2], -1)
-    y = torch.addcmul(bias.to(dtype), normed, (weight + 1).to(dtype))
-    return y.to(y_dtype), mean, rstd
+    return mean, torch.addcmul(cumsum(terms), var0.unsqueeze(1), seen) / total
 
 
 def _norm(
@@ -277,18 +255,23 @@ def _norm(
     var0: Tensor | None,
     num_groups: int,
     eps: float,
-    dtype: torch.dtype,
+    y_dtype: torch.dtype,
     segments: Segments | None,
     time: TimeGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, M_t and V_t; and what of :func:`_normalise` a backward needs."""
+    """y (B, L, D), M_t and V_t; and the mean and 1 / sqrt(V + eps) that y was made with."""
     groups = _by_group(x, num_groups)
+    dtype = groups.dtype
     step_mean, step_var = _step_statistics(groups)
     if time is not None:
         mean0, var0 = _statistics_before(step_mean, step_var, time)
     mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0, segments)
-    y, *used = _normalise(groups, mean, var, weight, bias, eps, dtype)
-    return y, mean, var, used[0], used[1]
+    used_mean, rstd = mean.to(dtype), (var.to(dtype) + eps).rsqrt()
+    # By another view than the statistics have: else a compiler would keep groups - mean as well.
+    steps, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, used_mean, rstd))
+    normed = (steps - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
+    y = torch.addcmul(bias.to(dtype), normed.view(x.shape), (weight + 1).to(dtype))
+    return y.to(y_dtype), mean, var, used_mean, rstd
 
 
 class _TimestepNorm(torch.autograd.Function):
