@@ -124,6 +124,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         _refuse_float16(config.dtype)
         super().__init__(config, *inputs, **kwargs)
 
+    def set_time_group(self, group: TimeGroup | None) -> None:
+        """Share each sequence with other processes along time, from now on: the process of rank r
+        in the group gives the r-th part as `input_ids`, and gets the logits of that part, and
+        gradients as if the losses of all were added up. Parts are as long as each other, of whole
+        chunks, without padding or borders of documents, and no state goes in or out. ``None``:
+        alone again."""
+        self.base_model.time_group = group  # type: ignore[assignment]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -151,10 +159,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         elif mode == "gaussian":
             self._init_gaussian(weight)
         else:  # "none": PyTorch's own
-            init.kaiming_uniform_(weight, a=math.sqrt(5))
-            if linear.bias is not None:
-                bound = 1.0 / math.sqrt(linear.in_features)
-                init.uniform_(linear.bias, -bound, bound)
+            linear.reset_parameters()
             return
         if linear.bias is not None:
             init.zeros_(linear.bias)
@@ -184,14 +189,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.time_group: TimeGroup | None = None
         self._rotary_tables: dict[torch.device, Tensor] = {}
         self.post_init()
-
-    def set_time_group(self, group: TimeGroup | None) -> None:
-        """Share each sequence with other processes along time, from now on: the process of rank r
-        in the group gives the r-th part as `input_ids`, and gets the logits of that part, and
-        gradients as if the losses of all were added up. Parts are as long as each other, of whole
-        chunks, without padding or borders of documents, and no state goes in or out. ``None``:
-        alone again."""
-        self.time_group = group
 
     @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
@@ -362,10 +359,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.register_load_state_dict_post_hook(_forgive_tied_weight)
         self.post_init()
-
-    def set_time_group(self, group: TimeGroup | None) -> None:
-        """See :meth:`MegalodonModel.set_time_group`."""
-        self.model.set_time_group(group)
 
     @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
