@@ -178,10 +178,7 @@ def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int)
     """(B, L) bool, or ``None`` where nothing is masked."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape not in (
-        (batch, length),
-        (batch, past + length),
-    ):
+    if attention_mask.shape not in ((batch, length), (batch, past + length)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
             f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")

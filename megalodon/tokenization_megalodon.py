@@ -128,13 +128,13 @@ class MegalodonTokenizer(PreTrainedTokenizer):
             split = options.get("split_special_tokens", self.split_special_tokens)
             others = options.get("is_split_into_words") or options.get("sanitize_control_tokens")
             plain = (split or max(self.added_tokens_decoder, default=0) < NUM_ASCII) and not others
-            return list(_to_bytes(item)) or "" if plain else item
+            return list(item.encode(errors="surrogateescape")) or "" if plain else item
         if isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
             return type(item)(self._as_ids(part, options) for part in item)
         return item
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [self._byte_tokens[byte] for byte in _to_bytes(text)]
+        return [self._byte_tokens[byte] for byte in text.encode(errors="surrogateescape")]
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self._byte_ids.get(token)
@@ -178,7 +178,3 @@ class MegalodonTokenizer(PreTrainedTokenizer):
     def register_for_auto_class(cls, auto_class: str | type = "AutoTokenizer") -> None:
         """Nothing: it would make transformers save a copy of this file where it is loaded by
         `trust_remote_code`."""
-
-
-def _to_bytes(text: str) -> bytes:
-    return text.encode(errors="surrogateescape")

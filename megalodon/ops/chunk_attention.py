@@ -149,7 +149,9 @@ def _attend(
         if mask is None and not causal:
             mask = _causal(queries, keys, q.device)
         size = v.shape[-1]
-        q, k, v = _equal_heads(q, k, v)
+        widest = max(q.shape[-1], size)
+        if widest <= FLASH_LIMIT:  # whose kernels take heads of one size; zeros change no score
+            q, k, v = (F.pad(x, (0, n)) if (n := widest - x.shape[-1]) else x for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
         return y[..., :size].transpose(1, 2)
     if queries == 1 and mask is None:
@@ -164,16 +166,6 @@ def _attend(
     if dropout:
         weights = F.dropout(weights, dropout)
     return torch.bmm(weights, v.flatten(0, 1)).view(*q.shape[:3], -1).transpose(1, 2)
-
-
-def _equal_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill the shorter heads up with zeros, which changes no score: PyTorch's flash kernels take
-    queries, keys and values of one size only, up to FLASH_LIMIT."""
-    size = max(q.shape[-1], v.shape[-1])
-    if q.shape[-1] == v.shape[-1] or size > FLASH_LIMIT:
-        return q, k, v
-    q, k, v = (F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (q, k, v))
-    return q, k, v
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
