@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .configuration_megalodon import MegalodonConfig
+from .configuration_megalodon import SIZES, MegalodonConfig
 from .ops.cema import BLOCK
 from .ops.chunk_attention import AttentionState
 from .ops.timestep_norm import TimestepNormState
@@ -67,7 +67,7 @@ class MegalodonCache(Cache):
         states: one :class:`LayerState` a layer, empty before the first call.
         final_norm: state of the last TimestepNorm.
         lengths: (B,) int64, tokens of each row's document so far, without padding.
-        uniform_length: the same as a number where all rows agree, else ``None``.
+        is_uniform: whether each row's document has all positions behind it.
         positions: positions seen, padding included.
         kept: see :data:`KeptCoefficients`.
         is_croppable: whether calls are recorded.
@@ -79,7 +79,7 @@ class MegalodonCache(Cache):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(layers=[])
-        self.signature = _signature(config)
+        self.sizes = {key: getattr(config, key) for key in SIZES}
         self.reset()
 
     def reset(self) -> None:
@@ -87,7 +87,7 @@ class MegalodonCache(Cache):
         self.states: list[LayerState] = []
         self.final_norm: TimestepNormState | None = None
         self.lengths: Tensor | None = None
-        self.uniform_length: int | None = 0
+        self.is_uniform = True
         self.positions = 0
         self.kept: KeptCoefficients = {}
         self._start, self._calls, self._cropped = None, [], False
@@ -103,12 +103,11 @@ class MegalodonCache(Cache):
 
     def check(self, config: MegalodonConfig, batch_size: int) -> None:
         """Raise ValueError if the cache is another model's or another batch's."""
-        wanted = _signature(config)
-        for key, value in wanted.items():
-            if self.signature[key] != value:
+        for key, held in self.sizes.items():
+            if getattr(config, key) != held:
                 raise ValueError(
-                    f"the cache comes from another model: its {key} is "
-                    f"{self.signature[key]}, this model's is {value}; start with a new cache"
+                    f"the cache comes from another model: its {key} is {held}, this model's is "
+                    f"{getattr(config, key)}; start with a new cache"
                 )
         if self.lengths is not None and self.batch_size != batch_size:
             raise ValueError(
@@ -128,10 +127,7 @@ class MegalodonCache(Cache):
         self.states = states
         self.final_norm = final_norm
         self.lengths = final_norm.steps
-        if uniform and self.uniform_length is not None:
-            self.uniform_length += positions
-        else:
-            self.uniform_length = None
+        self.is_uniform = self.is_uniform and uniform
         self.positions += positions
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MegalodonCache":
@@ -238,7 +234,7 @@ class MegalodonCache(Cache):
         if self._start is not None and tokens_to_remove:
             start, calls = self._start, []
             self.states, self.final_norm = start.states, start.final_norm
-            self.lengths, self.uniform_length = start.lengths, start.uniform_length
+            self.lengths, self.is_uniform = start.lengths, start.is_uniform
             self.positions += tokens_to_remove
             for call, size in zip(self._calls, sizes, strict=True):
                 if keep > 0:
@@ -248,27 +244,25 @@ class MegalodonCache(Cache):
         if self._start is not None:
             self.activate_past_recording()
 
-    def take_kept(self) -> Tensor | None:
-        """Ids (B, n) that a crop kept, to be read with those of the next call from the start of the
-        recording, if they are few and came without mask or positions; else ``None``."""
-        calls = self._calls if self._cropped else []
+    def read_again(
+        self, forward: Callable[..., Any], input_ids: Tensor | None = None
+    ) -> Tensor | None:
+        """See to what a crop kept before the next call: make those calls again, with
+        MegalodonModel's forward, and return ``None``; or, where they had ids alone, few of them,
+        and so has the next, `input_ids` (B, L), return the ids of all, to be read in one call."""
+        if self._start is None or not self._cropped:
+            return None
+        calls, self.positions, self._cropped = self._calls, self._start.positions, False
         ids = [call["input_ids"] for call in calls if call.keys() == {"input_ids"}]
-        if self._start is None or not ids or len(ids) < len(calls):
-            return None
-        kept = torch.cat(ids, dim=1)
-        if kept.shape[1] > FEW:
-            return None
-        self.positions, self._calls, self._cropped = self._start.positions, [], False
-        return kept
-
-    def read_again(self, forward: Callable[..., Any]) -> None:
-        """Make the calls again that a crop kept, with MegalodonModel's forward."""
-        if self._start is not None and self._cropped:
-            calls, self.positions, self._cropped = self._calls, self._start.positions, False
-            self.stop_recording()
-            for call in calls:
-                forward(**call, cache=self, use_cache=True)
-            self.activate_past_recording()
+        few = sum(each.shape[1] for each in ids) <= FEW
+        if input_ids is not None and few and len(ids) == len(calls):
+            self._calls = []
+            return torch.cat([*ids, input_ids], dim=1)
+        self.stop_recording()
+        for call in calls:
+            forward(**call, cache=self, use_cache=True)
+        self.activate_past_recording()
+        return None
 
     @property
     def is_linear(self) -> list[bool]:
@@ -277,9 +271,3 @@ class MegalodonCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self.positions > 0
-
-
-def _signature(config: MegalodonConfig) -> dict[str, int]:
-    keys = ["num_layers", "model_dim", "num_heads", "z_dim", "value_dim"]
-    keys += ["cema_ndim", "chunk_size", "norm_num_groups"]
-    return {key: getattr(config, key) for key in keys}

@@ -14,21 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 if TYPE_CHECKING:
     from .cache import MegalodonCache
 
-__all__ = [
-    "CACHE_NAME",
-    "CausalLMOutput",
-    "ModelOutput",
-    "make_known_as_causal_lm",
-    "one_cache",
-    "pop_cache",
-]
-
 _FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
 CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
 
 if TYPE_CHECKING or CACHE_NAME == "cache":
-    from transformers.modeling_outputs import BaseModelOutputWithPast as ModelOutput
-    from transformers.modeling_outputs import CausalLMOutputWithPast as CausalLMOutput
+    ModelOutput = BaseModelOutputWithPast
+    CausalLMOutput = CausalLMOutputWithPast
 else:
 
     class ModelOutput(BaseModelOutputWithPast):

@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 else:
     RopeBase = float | int | None  # None only until __post_init__
 
+SIZES: tuple[str, ...] = (
+    "vocab_size",
+    "model_dim",
+    "num_layers",
+    "num_heads",
+    "z_dim",
+    "value_dim",
+)
+SIZES += ("ffn_hidden_dim", "cema_ndim", "chunk_size", "norm_num_groups")
+"""The keys that say what a model's tensors are like."""
+
 
 @strict
 class MegalodonConfig(PreTrainedConfig):
@@ -105,10 +116,10 @@ class MegalodonConfig(PreTrainedConfig):
         if cast(float | None, self.rope_base) is None:
             self.rope_base = 10000.0
         local = f"attention stays inside chunks of chunk_size={self.chunk_size} tokens"
-        rows = f"the output has a row for each of vocab_size={self.vocab_size} tokens"
+        output = f"the output has one for each of vocab_size={self.vocab_size} tokens"
         for name, served, reason in (
             ("norm_affine", (True,), "the norms of a Megalodon have weights"),
-            ("output_size", (None, -1, self.vocab_size), rows),
+            ("output_size", (None, -1, self.vocab_size), output),
             ("efficient_attn", (None,), "attn_implementation chooses: 'sdpa' or 'eager'"),
             ("max_cache_len", (None, -1, self.chunk_size), f"{local}, and so does its cache"),
             ("cache_unbounded", (False,), f"{local}, and so does its cache"),
@@ -128,18 +139,7 @@ class MegalodonConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no Megalodon can have. Raises ValueError naming the key."""
-        for key in (
-            "vocab_size",
-            "model_dim",
-            "num_layers",
-            "num_heads",
-            "z_dim",
-            "value_dim",
-            "ffn_hidden_dim",
-            "cema_ndim",
-            "chunk_size",
-            "norm_num_groups",
-        ):
+        for key in SIZES:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         for key, divisor in (

@@ -3,15 +3,17 @@
     model = MegalodonForCausalLM(MegalodonConfig.mega1_3b())
     model.load_state_dict(from_released(torch.load(path, weights_only=True), model.config))
 
-One table, :data:`MODEL` and :data:`LAYER`, states every name and shape of world size one; beside
-them stand the constants of :func:`_constants`. The released rotary embedding turns adjacent pairs
-(2i, 2i + 1) of a head. Here the pairs are (i, i + d/2): the same scores once the rows of ``wz``
-and the columns of ``gamma`` and ``beta`` are permuted inside each head, on the axes marked ``~``.
+One table, :data:`MODULES`, has the names of modules; those of parameters are the same. Shapes are
+the model's own, but for the axes in :data:`ONES`. The released rotary embedding turns adjacent
+pairs (2i, 2i + 1) of a head. Here the pairs are (i, i + d/2): the same scores once the axes in
+:data:`PAIRS` are permuted inside each head. The constants of :func:`_constants` stand beside.
 
 A file that differs is refused with every differing name, shape and constant, so that nothing is
 ever loaded into the wrong place.
 """
 
+import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,59 +21,44 @@ import torch
 from torch import Tensor
 
 from .configuration_megalodon import MegalodonConfig
+from .modeling_megalodon import MegalodonForCausalLM
+
+MODULES = {
+    "model.embed_tokens": "embed",
+    "model.final_norm": "output.final_norm",
+    "lm_head": "output.output",  # stored where tied as well
+    "timestep_norm": "mega.timenorm",
+    "cema": "mega.cema",
+    "rms_norm": "mega.rmsnorm",
+    "wz": "mega.wz",
+    "wv": "mega.wv",
+    "wr": "mega.wr",
+    "wh1": "mega.wh1",
+    "wh2": "mega.wh2",
+    "query_key": "mega",
+    "ffn_norm": "nffn.norm",
+    "ffn.w1": "nffn.fc1",
+    "ffn.w2": "nffn.fc2",
+    "ffn.w3": "nffn.fc3",
+    "ffn": "nffn",
+}
+"""Our name and the released one; of a layer's modules, inside the layer."""
+
+PAIRS = {"wz": 0, "query_key": 1}
+"""The axis of rotary pairs, in all parameters of a module."""
+
+ONES = {"cema.alpha": 1, "cema.delta": 1, "cema.theta": 2, "cema.omega": 1}
+"""How many axes of length one a released parameter has at its end, and ours has not."""
 
 
 class Entry(NamedTuple):
-    """One tensor: our name, the released name, the released shape, the option it depends on.
-
-    The shape is in the symbols of :func:`_sizes`; ``~`` marks the axis of rotary pairs. Ours is
-    the same without the axes of length one.
-    """
+    """One tensor: names and shapes here and in the released code, and the axis of rotary pairs."""
 
     ours: str
+    shape: tuple[int, ...]
     released: str
-    shape: str
-    option: str = ""
-
-
-MODEL = (
-    Entry("model.embed_tokens.weight", "embed.weight", "V D"),
-    Entry("model.final_norm.weight", "output.final_norm.weight", "D"),
-    Entry("model.final_norm.bias", "output.final_norm.bias", "D"),
-    Entry("lm_head.weight", "output.output.weight", "V D"),  # stored where tied as well
-)
-
-LAYER = (
-    Entry("timestep_norm.weight", "mega.timenorm.weight", "D"),
-    Entry("timestep_norm.bias", "mega.timenorm.bias", "D"),
-    Entry("cema.alpha", "mega.cema.alpha", "D N 1"),
-    Entry("cema.delta", "mega.cema.delta", "D N 1"),
-    Entry("cema.theta", "mega.cema.theta", "D 1 1"),
-    Entry("cema.gamma", "mega.cema.gamma", "D N 2"),
-    Entry("cema.omega", "mega.cema.omega", "D 1"),
-    Entry("rms_norm.weight", "mega.rmsnorm.weight", "D"),
-    Entry("wz.weight", "mega.wz.weight", "~Z D"),
-    Entry("wz.bias", "mega.wz.bias", "~Z"),
-    Entry("wv.weight", "mega.wv.weight", "E D"),
-    Entry("wv.bias", "mega.wv.bias", "E"),
-    Entry("wr.weight", "mega.wr.weight", "E D"),
-    Entry("wr.bias", "mega.wr.bias", "E"),
-    Entry("wh1.weight", "mega.wh1.weight", "D D"),
-    Entry("wh1.bias", "mega.wh1.bias", "D"),
-    Entry("wh2.weight", "mega.wh2.weight", "D E"),
-    Entry("wh2.bias", "mega.wh2.bias", "D", "output_ffn_bias"),
-    Entry("query_key.gamma", "mega.gamma", "2 ~Z"),
-    Entry("query_key.beta", "mega.beta", "2 ~Z"),
-    Entry("ffn_norm.weight", "nffn.norm.weight", "D"),
-    Entry("ffn_norm.bias", "nffn.norm.bias", "D"),
-    Entry("ffn.w1.weight", "nffn.fc1.weight", "F D"),
-    Entry("ffn.w1.bias", "nffn.fc1.bias", "F", "output_ffn_bias"),
-    Entry("ffn.w2.weight", "nffn.fc2.weight", "D F"),
-    Entry("ffn.w2.bias", "nffn.fc2.bias", "D", "output_ffn_bias"),
-    Entry("ffn.w3.weight", "nffn.fc3.weight", "F D", "swiglu"),
-    Entry("ffn.w3.bias", "nffn.fc3.bias", "F", "swiglu output_ffn_bias"),
-    Entry("ffn.alpha", "nffn.alpha", "D", "rescale_nffn"),
-)
+    released_shape: tuple[int, ...]
+    pairs: int | None
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> dict[str, Tensor]:
@@ -84,22 +71,18 @@ def from_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> 
         ValueError: naming every key that is unknown or missing and every shape or constant that is
             wrong.
     """
-    entries = _entries(config)
-    sizes = _sizes(config)
-    constants = _constants(config)
+    entries, constants = _entries(config), _constants(config)
     others = [
-        key
+        f"{key} is not this model's"
         for key, value in constants.items()
         if key in state_dict and not _same(state_dict[key], value)
     ]
     state_dict = {key: value for key, value in state_dict.items() if key not in constants}
-    shapes = {entry.released: _shape(entry, sizes) for entry in entries}
+    shapes = {entry.released: entry.released_shape for entry in entries}
     _check(state_dict, shapes, "the released code's", others)
     order = torch.arange(config.z_dim // config.num_heads).view(-1, 2).T.flatten()
     return {
-        entry.ours: _reorder(
-            state_dict[entry.released].reshape(_our_shape(entry, sizes)), entry, order
-        )
+        entry.ours: _reorder(state_dict[entry.released].reshape(entry.shape), entry.pairs, order)
         for entry in entries
     }
 
@@ -111,12 +94,12 @@ def to_released(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> di
         ValueError: naming every key that is unknown or missing and every shape that is wrong.
     """
     entries = _entries(config)
-    sizes = _sizes(config)
-    shapes = {entry.ours: _our_shape(entry, sizes) for entry in entries}
-    _check(state_dict, shapes, "MegalodonForCausalLM's")
+    _check(state_dict, {entry.ours: entry.shape for entry in entries}, "MegalodonForCausalLM's")
     order = torch.arange(config.z_dim // config.num_heads).view(2, -1).T.flatten()
     tensors = {
-        entry.released: _reorder(state_dict[entry.ours], entry, order).reshape(_shape(entry, sizes))
+        entry.released: _reorder(state_dict[entry.ours], entry.pairs, order).reshape(
+            entry.released_shape
+        )
         for entry in entries
     }
     return tensors | _constants(config)
@@ -143,82 +126,42 @@ def _same(found: Tensor, constant: Tensor) -> bool:
 
 
 def _entries(config: MegalodonConfig) -> list[Entry]:
-    """The tensors of a model of this config, layers numbered."""
-    options = {
-        "output_ffn_bias": config.output_ffn_bias,
-        "swiglu": config.swiglu,
-        "rescale_nffn": config.rescale_nffn,
-    }
-    layers = (
-        entry._replace(
-            ours=f"model.layers.{i}.{entry.ours}", released=f"layers.{i}.{entry.released}"
-        )
-        for i in range(config.num_layers)
-        for entry in LAYER
-    )
-    return [
-        entry
-        for entry in (*MODEL, *layers)
-        if all(options[option] for option in entry.option.split())
-    ]
+    """The tensors of a model of this config."""
+    with torch.device("meta"):
+        model = MegalodonForCausalLM(copy.deepcopy(config))  # it uses up one of the options
+    entries = []
+    for name, tensor in model.state_dict().items():
+        match = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.+)\.(\w+)", name)
+        assert match is not None
+        layer, module, parameter = match.groups("")
+        released = f"{layer}{MODULES[module]}.{parameter}"
+        shape, ones = tuple(tensor.shape), (1,) * ONES.get(f"{module}.{parameter}", 0)
+        entries.append(Entry(name, shape, released, shape + ones, PAIRS.get(module)))
+    return entries
 
 
-def _sizes(config: MegalodonConfig) -> dict[str, int]:
-    return {
-        "V": config.vocab_size,
-        "D": config.model_dim,
-        "N": config.cema_ndim,
-        "Z": config.z_dim,
-        "E": config.value_dim,
-        "F": config.ffn_hidden_dim,
-    }
-
-
-def _shape(entry: Entry, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    symbols = entry.shape.replace("~", "").split()
-    return tuple(sizes[symbol] if symbol in sizes else int(symbol) for symbol in symbols)
-
-
-def _our_shape(entry: Entry, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return _shape(entry._replace(shape=entry.shape.replace(" 1", "")), sizes)
-
-
-def _reorder(tensor: Tensor, entry: Entry, order: Tensor) -> Tensor:
-    """Apply `order` inside each head, on the axis that the table marks."""
-    marked = [i for i, symbol in enumerate(entry.shape.split()) if symbol.startswith("~")]
-    if not marked:
+def _reorder(tensor: Tensor, axis: int | None, order: Tensor) -> Tensor:
+    """Apply `order` inside each head, on the axis of rotary pairs."""
+    if axis is None:
         return tensor
-    axis = marked[0]
     heads = tensor.unflatten(axis, (-1, order.numel()))
     return heads.index_select(axis + 1, order.to(tensor.device)).flatten(axis, axis + 1)
 
 
 def _check(
     state_dict: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
     whose: str,
-    other_constants: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> None:
-    """Raise one ValueError for all that is wrong."""
-    unknown = [key for key in state_dict if key not in shapes]
-    missing = [key for key in shapes if key not in state_dict]
+    """Raise one ValueError for all that is wrong, the others included."""
+    found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     wrong = [
-        f"{key} is {found}, must be {wanted}"
-        for key, wanted in shapes.items()
-        if key in state_dict and (found := tuple(state_dict[key].shape)) != wanted
+        f"{key} is {found.get(key, 'absent')}, must be {wanted.get(key, 'absent')}"
+        for key in {**wanted, **found}
+        if found.get(key) != wanted.get(key)
     ]
-    problems = [
-        f"{name}: {', '.join(keys)}"
-        for name, keys in (
-            ("unknown", unknown),
-            ("missing", missing),
-            ("of another shape", wrong),
-            ("constants of another model", other_constants),
-        )
-        if keys
-    ]
-    if problems:
+    if wrong := [*wrong, *others]:
         raise ValueError(
-            f"the state dict is not {whose}, of world size one and this config; "
-            + "; ".join(problems)
+            f"the state dict is not {whose}, of world size one and this config: {'; '.join(wrong)}"
         )

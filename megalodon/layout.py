@@ -1,14 +1,15 @@
 """How a batch lies: what the masks, positions and cache of a call mean for the operations."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KeptCoefficients, MegalodonCache
 from .ops.cema import BLOCK
-from .ops.segments import Segments, build_segments
+from .ops.segments import Segments
 from .ops.timestep_norm import StepCounts, step_counts
 from .time_parallel import TimeGroup
 
@@ -24,7 +25,7 @@ class Layout:
     fused: whether attention runs by PyTorch's fused operation.
     kept: the cache's, where few further tokens are read; else ``None``.
     time: the processes that share the sequence; ``None`` for this one alone.
-    counts: of plain text, for TimestepNorm; ``None`` for a single step and other text.
+    counts: for TimestepNorm; ``None`` for a single step.
     """
 
     rotary: Tensor
@@ -41,21 +42,13 @@ class Layout:
         one model may lie on several."""
         if self.rotary.device == torch.device(device):
             return self
-        return _to_device(self, device, non_blocking)
 
+        def moved(part: Any) -> Any:
+            if isinstance(part, (Tensor, Segments)):
+                return part.to(device, non_blocking=non_blocking)
+            return StepCounts(*map(moved, part)) if isinstance(part, StepCounts) else part
 
-def _to_device(part: Any, device: torch.device | str | int, non_blocking: bool) -> Any:
-    if isinstance(part, Tensor):
-        return part.to(device, non_blocking=non_blocking)
-    if isinstance(part, (Layout, Segments)):
-        moved = {
-            field.name: _to_device(getattr(part, field.name), device, non_blocking)
-            for field in fields(part)
-        }
-        return replace(part, **moved)
-    if isinstance(part, StepCounts):
-        return StepCounts(*(_to_device(each, device, non_blocking) for each in part))
-    return part
+        return replace(self, **{name: moved(part) for name, part in vars(self).items()})
 
 
 def packed_positions(
@@ -79,26 +72,41 @@ def packed_positions(
     for key, only in (("is_causal", True), ("output_router_logits", False)):
         if rest.pop(key, None) not in (None, only):
             raise ValueError(f"{key}={not only}: a Megalodon is causal and has no router")
-    flash = [rest.pop(f"{key}_{of}", None) for key in ("cu_seq_lens", "max_length") for of in "qk"]
+    ends, key_ends = rest.pop("cu_seq_lens_q", None), rest.pop("cu_seq_lens_k", None)
+    longest = [n for key in "qk" if (n := rest.pop(f"max_length_{key}", None)) is not None]
     seq_idx = rest.pop("seq_idx", None)
     if rest:
         raise TypeError(f"forward() got an unexpected keyword argument {next(iter(rest))!r}")
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    batch, length = x.shape[:2]
+    places = torch.arange(length, device=x.device).expand(batch, length)
     found = []
-    if any(part is not None for part in flash):
-        found.append(places - _document_starts(places, *flash))
+    if ends is not None or key_ends is not None or longest:
+        same = ends is not None and key_ends is not None and torch.equal(ends, key_ends)
+        rises = same and ends[0] == 0 and ends[-1] == length and (ends.diff() >= 0).all()
+        if batch != 1 or not rises:
+            raise ValueError(
+                f"cu_seq_lens_q={ends} and cu_seq_lens_k={key_ends} for {batch} rows of {length} "
+                "tokens: both must be given, be equal and rise from 0 to the length of a single row"
+            )
+        ends = ends.to(places)
+        found.append(places - ends[torch.searchsorted(ends, places, right=True) - 1])
+        if min(longest, default=length) < ends.diff().max():
+            raise ValueError(
+                f"max_length_q and max_length_k must be {int(ends.diff().max())}, the longest "
+                f"document of cu_seq_lens_q, or more; one is {int(min(longest))}"
+            )
     if seq_idx is not None:
         if seq_idx.shape != places.shape:
             raise ValueError(
                 f"seq_idx has shape {tuple(seq_idx.shape)}; it must be {tuple(places.shape)}"
             )
-        begins = torch.nn.functional.pad(seq_idx.to(places).diff() != 0, (1, 0), value=True)
+        begins = F.pad(seq_idx.to(places).diff() != 0, (1, 0), value=True)
         found.append(places - torch.where(begins, places, 0).cummax(1).values)
     if not found:
         return position_ids
     if position_ids is not None:
         found.append(position_ids.to(places))
-    if not all(p.shape[-1] == x.shape[1] and (p == found[0]).all() for p in found):
+    if not all(p.shape[-1] == length and (p == found[0]).all() for p in found):
         raise ValueError(
             "cu_seq_lens_q, seq_idx and position_ids differ in where documents begin: give one of "
             "them, or let positions count from 0 in each document"
@@ -106,36 +114,6 @@ def packed_positions(
     if attention_mask is not None and not attention_mask.all():
         raise ValueError("attention_mask has padding, which cu_seq_lens_q and seq_idx cannot name")
     return found[0]
-
-
-def _document_starts(
-    places: Tensor,
-    ends: Tensor | None,
-    key_ends: Tensor | None,
-    longest: int | None,
-    longest_key: int | None,
-) -> Tensor:
-    """The place where each token's document begins, (1, L), of flash-attention's arguments."""
-    if ends is None or key_ends is None or not torch.equal(ends, key_ends):
-        raise ValueError(
-            "cu_seq_lens_q and cu_seq_lens_k must both be given and be equal: the tokens of a "
-            "document are its queries and its keys"
-        )
-    batch, length = places.shape
-    ends = ends.to(places)  # (documents + 1,)
-    sizes = ends.diff()
-    if batch != 1 or ends[0] != 0 or ends[-1] != length or (sizes < 0).any():
-        raise ValueError(
-            f"cu_seq_lens_q={ends.tolist()} for {batch} rows of {length} tokens: it must rise from "
-            "0 to the length of a single row"
-        )
-    for number in (longest, longest_key):
-        if number is not None and number < sizes.max():
-            raise ValueError(
-                f"max_length_q and max_length_k must be {int(sizes.max())}, the longest document "
-                f"of cu_seq_lens_q, or more; one is {int(number)}"
-            )
-    return ends[torch.searchsorted(ends, places, right=True) - 1]
 
 
 def read_layout(
@@ -154,56 +132,53 @@ def read_layout(
     batch, length = x.shape[:2]
     if time is not None:
         time.check(x, chunk_size)
-    mask = read_mask(attention_mask, batch, length, 0 if cache is None else cache.positions)
+    past = 0 if cache is None else cache.positions
+    mask = read_mask(attention_mask, batch, length, past)
     lengths = None
     if cache is not None and cache.lengths is not None:
         lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
     border = document_borders(position_ids, mask, lengths, batch, length)
-    uniform = 0 if cache is None else cache.uniform_length
-
-    def layout(rotary: Tensor, offset: int | Tensor, segments: Segments | None = None) -> Layout:
-        few = length <= BLOCK and lengths is not None and segments is None
-        kept = None if cache is None else cache.keep_for(few and not torch.is_grad_enabled())
-        counts = None
-        if length > 1 and segments is None:
-            seen = 0 if time is None else time.rank * length
-            counts = step_counts(x, seen if lengths is None else lengths)
-        return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
-
-    if mask is None and border is None:
-        if length == 1 and lengths is not None and uniform is None and return_state:
-            offset = lengths % chunk_size
-            return layout(rotary[offset].unsqueeze(1), offset)
-        if uniform is not None:
-            start = uniform % chunk_size
-            if length == 1:
-                return layout(rotary[start : start + 1], start)
-            places = torch.arange(start, start + length, device=x.device) % chunk_size
-            return layout(rotary[places], start)
-
-    if time is not None:
+    plain = mask is None and border is None
+    offset: int | Tensor = 0
+    segments = None
+    if plain and (cache is None or cache.is_uniform):
+        offset = past % chunk_size
+        if length == 1:
+            rotary = rotary[offset : offset + 1]
+        else:
+            rotary = rotary[torch.arange(offset, offset + length, device=x.device) % chunk_size]
+    elif plain and length == 1 and lengths is not None and return_state:
+        offset = lengths % chunk_size
+        rotary = rotary[offset].unsqueeze(1)
+    elif time is not None:
         raise ValueError(
             "padding and document borders (attention_mask, position_ids) are not served where "
             "processes share a sequence along time"
         )
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    if border is None:
-        border = torch.zeros_like(mask)
-    if lengths is None:
-        lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    segments = build_segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
-    return layout(rotary[segments.chunk_position], 0, segments)
+    else:
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        if border is None:
+            border = torch.zeros_like(mask)
+        if lengths is None:
+            lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        segments = Segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
+        rotary = rotary[segments.chunk_position]
+    kept = counts = None
+    if cache is not None:
+        few = length <= BLOCK and cache.lengths is not None and segments is None
+        kept = cache.keep_for(few and not torch.is_grad_enabled())
+    if length > 1 or segments is not None:
+        seen = 0 if time is None else time.rank * length
+        counts = step_counts(x, seen if lengths is None else lengths, segments)
+    return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
 
 
 def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     """(B, L) bool, or ``None`` where nothing is masked."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape not in (
-        (batch, length),
-        (batch, past + length),
-    ):
+    if attention_mask.shape not in ((batch, length), (batch, past + length)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
             f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")
@@ -225,44 +200,28 @@ def document_borders(
     """
     if position_ids is None:
         return None
-    if position_ids.dim() == 1:
-        position_ids = position_ids.unsqueeze(0)
-    if position_ids.shape not in ((1, length), (batch, length)):
+    ids = torch.atleast_2d(position_ids)
+    if ids.shape not in ((1, length), (batch, length)):
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; it must be ({batch}, {length})"
         )
-    position_ids = position_ids.expand(batch, length)
-    decoding = length == 1 and mask is None
-    if decoding and lengths is not None and torch.equal(position_ids[:, 0], lengths):
-        return None  # where every operation counts
-    before = _previous_valid(position_ids, mask)
-    first = before < 0
-    border = (position_ids != before + 1) & ~first
-    if lengths is not None:
-        seen = lengths.unsqueeze(1)
-        restart = first & (position_ids == 0) & (seen > 0)
-        wrong = first & (position_ids != seen) & ~restart
-        if mask is not None:
-            wrong = wrong & mask
-        if wrong.any():
-            raise ValueError(
-                "position_ids do not continue the cache: a row's first position must be the "
-                "number of its tokens in the cache, or 0 for a new document"
-            )
-        border = border | restart
-    if mask is not None:
-        border = border & mask
-    return border if border.any() else None
-
-
-def _previous_valid(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The id at the last unmasked place before each one; -1 where there is none."""
-    padded = torch.nn.functional.pad(ids, (1, 0), value=-1)  # place t is at t + 1
-    places = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
+    ids = ids.expand(batch, length)
+    padded = F.pad(ids, (1, 0), value=-1)  # place t is at t + 1
+    places = torch.arange(1, length + 1, device=ids.device).expand_as(ids)
     if mask is not None:
         places = torch.where(mask, places, 0)
-    latest = torch.nn.functional.pad(places.cummax(1).values[:, :-1], (1, 0))
-    return padded.gather(1, latest)
+    latest = F.pad(places.cummax(1).values[:, :-1], (1, 0))
+    before = padded.gather(1, latest)  # at the last unmasked place before; -1 where there is none
+    first = before < 0
+    border = ids != torch.where(first, ids if lengths is None else lengths.unsqueeze(1), before + 1)
+    if mask is not None:
+        border = border & mask
+    if lengths is not None and (border & first & (ids != 0)).any():
+        raise ValueError(
+            "position_ids do not continue the cache: a row's first position must be the "
+            "number of its tokens in the cache, or 0 for a new document"
+        )
+    return border if border.any() else None
 
 
 def mask_labels(
@@ -279,6 +238,6 @@ def mask_labels(
     if border is not None:
         labels = labels.masked_fill(border, ignore_index)
     if mask is not None:
-        predicted = mask & torch.nn.functional.pad(mask[:, :-1], (1, 0), value=True)
+        predicted = mask & F.pad(mask[:, :-1], (1, 0), value=True)
         labels = labels.masked_fill(~predicted, ignore_index)
     return labels

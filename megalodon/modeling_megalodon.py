@@ -72,10 +72,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
         out = x + self._dropout(self.ffn(self.ffn_norm(y)), "dropout")
         if not layout.return_state:
             return out, None
-        assert norm_state is not None
-        assert cema_state is not None
-        assert attention_state is not None
-        return out, LayerState(norm_state, cema_state, attention_state)
+        return out, LayerState(norm_state, cema_state, attention_state)  # type: ignore[arg-type]
 
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
@@ -127,6 +124,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         _refuse_float16(config.dtype)
         super().__init__(config, *inputs, **kwargs)
 
+    def set_time_group(self, group: TimeGroup | None) -> None:
+        """Share each sequence with other processes along time, from now on: the process of rank r
+        in the group gives the r-th part as `input_ids`, and gets the logits of that part, and
+        gradients as if the losses of all were added up. Parts are as long as each other, of whole
+        chunks, without padding or borders of documents, and no state goes in or out. ``None``:
+        alone again."""
+        self.base_model.time_group = group  # type: ignore[assignment]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -154,10 +159,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         elif mode == "gaussian":
             self._init_gaussian(weight)
         else:  # "none": PyTorch's own
-            init.kaiming_uniform_(weight, a=math.sqrt(5))
-            if linear.bias is not None:
-                bound = 1.0 / math.sqrt(linear.in_features)
-                init.uniform_(linear.bias, -bound, bound)
+            linear.reset_parameters()
             return
         if linear.bias is not None:
             init.zeros_(linear.bias)
@@ -187,14 +189,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self.time_group: TimeGroup | None = None
         self._rotary_tables: dict[torch.device, Tensor] = {}
         self.post_init()
-
-    def set_time_group(self, group: TimeGroup | None) -> None:
-        """Share each sequence with other processes along time, from now on: the process of rank r
-        in the group gives the r-th part as `input_ids`, and gets the logits of that part, and
-        gradients as if the losses of all were added up. Parts are as long as each other, of whole
-        chunks, without padding or borders of documents, and no state goes in or out. ``None``:
-        alone again."""
-        self.time_group = group
 
     @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
@@ -264,15 +258,13 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if use_cache is None:
             wanted = self.config.use_cache and not self.training and self.time_group is None
             use_cache = cache is not None or wanted
-        kept = None
+        again = 0  # tokens that are read with the new ones
         if cache is not None:
-            plain = attention_mask is None and position_ids is None and inputs_embeds is None
-            if plain and use_cache and (kept := cache.take_kept()) is not None:
-                assert input_ids is not None
-                input_ids = torch.cat([kept, input_ids], dim=1)
-                x = self._embed(input_ids, None)
-            else:
-                cache.read_again(self.forward)
+            plain = use_cache and attention_mask is None and position_ids is None
+            ids = cache.read_again(self.forward, input_ids if plain else None)
+            if ids is not None:
+                again, input_ids = ids.shape[1] - x.shape[1], ids
+                x = self._embed(ids, None)
         elif use_cache:
             cache = MegalodonCache(self.config)
         layout = read_layout(
@@ -309,8 +301,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
         if output_hidden_states:
             hidden_states.append(x)
-        if kept is not None:
-            x, *hidden_states = (h[:, kept.shape[1] :] for h in (x, *hidden_states))
+        if again:
+            x, *hidden_states = (h[:, again:] for h in (x, *hidden_states))
         named: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return ModelOutput(
             last_hidden_state=x,
@@ -323,11 +315,6 @@ class MegalodonModel(MegalodonPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             assert input_ids is not None
-            if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-                raise ValueError(
-                    f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length) "
-                    "with at least one token"
-                )
             try:
                 inputs_embeds = self.embed_tokens(input_ids)
             except IndexError:
@@ -339,7 +326,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.config.model_dim:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(x.shape)}; it must be (batch, length, "
-                f"{self.config.model_dim}) with at least one token"
+                f"{self.config.model_dim}) with at least one token, and input_ids (batch, length)"
             )
         _refuse_float16(x.dtype)
         if torch.is_autocast_enabled(x.device.type):
@@ -372,10 +359,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
         self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.register_load_state_dict_post_hook(_forgive_tied_weight)
         self.post_init()
-
-    def set_time_group(self, group: TimeGroup | None) -> None:
-        """See :meth:`MegalodonModel.set_time_group`."""
-        self.model.set_time_group(group)
 
     @can_return_tuple  # or an object: `return_dict`, by default the config's
     def forward(
@@ -430,12 +413,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                     "labels: the last of a part is another process's first; where processes share "
                     "a sequence, take the loss from the logits"
                 )
-            if labels.shape != x.shape[:2]:
+            if labels.shape != x.shape[:2] or logits.shape[1] != x.shape[1]:
                 raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}"
+                    f"labels has shape {tuple(labels.shape)}; it must be {tuple(x.shape[:2])}, and "
+                    "a loss needs the logits of all positions: logits_to_keep=0"
                 )
-            if logits.shape[1] != x.shape[1]:
-                raise ValueError("a loss needs the logits of all positions: logits_to_keep=0")
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
             positions = packed_positions(x, attention_mask, position_ids, packing)

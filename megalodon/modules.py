@@ -72,7 +72,7 @@ class MegalodonTimestepNorm(Float32Module):
             compute_dtype(x),
             counts=layout.counts,
             return_state=layout.return_state,
-            parts=layout.time,
+            time=layout.time,
         )
 
 
@@ -122,7 +122,7 @@ class MegalodonCEMA(Float32Module):
                 state,
                 layout.segments,
                 return_state=layout.return_state,
-                parts=layout.time,
+                time=layout.time,
             )
         assert state is not None
         one = x.shape[1] == 1

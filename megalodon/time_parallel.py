@@ -37,7 +37,8 @@ class TimeGroup:
             )
 
     def gather(self, x: Tensor) -> Tensor:
-        """x of each process, in the order of the parts: (...) -> (size, ...)."""
+        """x of each process, in the order of the parts: (...) -> (size, ...). Not differentiable:
+        an operation's backward gathers in its own right."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)

@@ -86,24 +86,20 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         if skip_special_tokens:
             skipped = set(self.all_special_ids)
             ids = [i for i in ids if i not in skipped]
-        if len(self) == NUM_BYTES:
-            if ids and not 0 <= min(ids) <= max(ids) < NUM_BYTES:
-                self._refuse_id(next(i for i in ids if not 0 <= i < NUM_BYTES))
+        try:
             return bytes(ids)
-        return b"".join(map(self._id_to_bytes, ids))
+        except ValueError:  # added tokens
+            return b"".join(map(self._id_to_bytes, ids))
 
     def _id_to_bytes(self, index: int) -> bytes:
         if 0 <= index < NUM_BYTES:
             return bytes([index])
         if index not in self.added_tokens_decoder:
-            self._refuse_id(index)
+            raise ValueError(
+                f"{index} is no id of this tokenizer: it has {NUM_BYTES} bytes and "
+                f"{len(self) - NUM_BYTES} added tokens"
+            )
         return self.added_tokens_decoder[index].content.encode()
-
-    def _refuse_id(self, index: int) -> None:
-        raise ValueError(
-            f"{index} is no id of this tokenizer: it has {NUM_BYTES} bytes and "
-            f"{len(self) - NUM_BYTES} added tokens"
-        )
 
     def __call__(
         self,
@@ -132,20 +128,19 @@ class MegalodonTokenizer(PreTrainedTokenizer):
             split = options.get("split_special_tokens", self.split_special_tokens)
             others = options.get("is_split_into_words") or options.get("sanitize_control_tokens")
             plain = (split or max(self.added_tokens_decoder, default=0) < NUM_ASCII) and not others
-            return list(_to_bytes(item)) or "" if plain else item
+            return list(item.encode(errors="surrogateescape")) or "" if plain else item
         if isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
             return type(item)(self._as_ids(part, options) for part in item)
         return item
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [self._byte_tokens[byte] for byte in _to_bytes(text)]
+        return [self._byte_tokens[byte] for byte in text.encode(errors="surrogateescape")]
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self._byte_ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < NUM_BYTES:
-            self._refuse_id(index)
+        self._id_to_bytes(index)  # refuses what is no id
         return self._byte_tokens[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -183,7 +178,3 @@ class MegalodonTokenizer(PreTrainedTokenizer):
     def register_for_auto_class(cls, auto_class: str | type = "AutoTokenizer") -> None:
         """Nothing: it would make transformers save a copy of this file where it is loaded by
         `trust_remote_code`."""
-
-
-def _to_bytes(text: str) -> bytes:
-    return text.encode(errors="surrogateescape")

@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..time_parallel import TimeGroup
 from .cema_blocks import (
     CEMACoefficients,
     block_matrices,
-    bring_back,
+    by_channel,
+    by_time,
     cema_blocks,
     cema_blocks_of_part,
-    lay_out,
     toeplitz,
 )
-from .parts import Parts
 from .precision import wide_dtype, without_autocast
 from .scan import complex_power, q_powers
 from .segments import Segments, gather_slots, scatter_slots
@@ -80,7 +80,7 @@ def cema(
     segments: Segments | None = None,
     *,
     return_state: bool = True,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """CEMA of a whole piece of text at once, in blocks of T steps, as real matrix products.
 
@@ -98,15 +98,15 @@ def cema(
         state: (B, D, N, 2), the state on entry; ``None`` for zero.
         segments: where padding and document borders lie; ``None`` for plain text.
         return_state: whether the final state is wanted.
-        parts: of which x is one; then there is no state, neither before nor after, and there are
-            no segments. ``None``: x is all of it.
+        time: the processes that share the text; then there is no state, neither before nor after,
+            and there are no segments. ``None``: x is all of it.
 
     Returns:
         y (B, L, D) in the dtype of x; the state (B, D, N, 2) after the last step, or ``None``.
     """
     length = x.shape[1]
-    if parts is not None:
-        return cema_blocks_of_part(x, c, math.gcd(BLOCK, length), parts), None
+    if time is not None:
+        return cema_blocks_of_part(x, c, math.gcd(BLOCK, length), time), None
     if segments is not None:
         return _cema_segments(x, c, state, segments, return_state=return_state)
     if length == 1:
@@ -144,11 +144,8 @@ def _cema_segments(
     q_re, q_im = complex_power(c.log_q, count.view(-1, 1, 1))
     re, im = (keep * part for part in entries[rows, last].unbind(-1))
     kept = torch.stack([q_re * re - q_im * im, q_re * im + q_im * re], dim=-1)
-    steps = torch.arange(block - 1, -1, -1, device=x.device).view(-1, 1, 1)
-    powers = torch.stack(complex_power(c.log_q, steps), dim=-1)  # (T, D, N, 2)
-    # Multiplied and summed: as a batched product it would be D tiny ones.
-    added = (tail.to(c.p.dtype)[..., None, None] * powers).sum(1) * c.p.unsqueeze(-1)
-    return y, kept + added
+    _, added = cema_blocks(tail.to(c.p.dtype), c, None, None, block)  # from a state of zero
+    return y, kept + added[:, :, 0].transpose(0, 1)
 
 
 def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -217,10 +214,10 @@ def cema_piece(x: Tensor, c: CEMAPieceCoefficients, state: Tensor) -> tuple[Tens
     batch, length, _ = x.shape
     state = state.to(c.toeplitz.dtype)
     entry = state.flatten(2).transpose(0, 1)  # (D, B, 2N)
-    rows = lay_out(x.to(state.dtype), length)  # (D, B, L)
+    u = by_channel(x.to(state.dtype), length)  # (D, B, L)
     summary, readout = c.sides[0, -length:].transpose(0, 1), c.sides[1, :length].permute(1, 2, 0)
-    y = torch.bmm(rows, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
-    added = torch.bmm(rows, summary).transpose(0, 1).unflatten(-1, (-1, 2))
+    y = torch.bmm(u, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
+    added = torch.bmm(u, summary).transpose(0, 1).unflatten(-1, (-1, 2))
     before = torch.view_as_complex(state.contiguous())
     after = torch.addcmul(torch.view_as_complex(added), c.powers[length], before)
-    return bring_back(y, batch, length).to(x.dtype), torch.view_as_real(after)
+    return by_time(y, batch, length).to(x.dtype), torch.view_as_real(after)

@@ -13,6 +13,7 @@ product is a plain batched one.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .parts import Parts
+from ..time_parallel import TimeGroup
 from .scan import block_scan, complex_power, q_powers, scan_jumps
 
 VERSION = 4
@@ -113,27 +114,16 @@ def cema_blocks(
     return y, states
 
 
-@torch.library.custom_op(f"megalodon::cema_blocks_v{VERSION}", mutates_args=())
-def _cema_blocks(
-    x: Tensor,
-    coefficients: Sequence[Tensor],
-    state: Tensor | None,
-    document: Tensor | None,
-    block: int,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """y, states, and for the backward the states on entry to each block, the powers of q and the
-    matrices."""
-    return _forward(x, coefficients, state, document, block)
-
-
 def _forward(
     x: Tensor,
     coefficients: Sequence[Tensor],
     state: Tensor | None,
     document: Tensor | None,
     block: int,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y, states, and for the backward the states on entry to each block, the powers of q and the
+    matrices."""
     c = CEMACoefficients(*(t.contiguous() for t in coefficients))
     batch, length, _ = x.shape
     blocks = -(-length // block)
@@ -141,11 +131,11 @@ def _forward(
     far, near = powers[: -block - 1], powers[-block - 1 :]
     kernel, sides = block_matrices(c, near, x.dtype)
     summary, readout = sides.transpose(1, 2)  # (D, T, 2N)
-    rows = lay_out(x, block)
-    s = _states(torch.bmm(rows, summary), batch, c.p.dtype)
+    u = by_channel(x, block)
+    s = _states(torch.bmm(u, summary), batch, c.p.dtype)
     first = None
-    if parts is not None:
-        first = _beyond(s, c, block, far, length, parts)
+    if time is not None:
+        first = _beyond(s, c, block, far, length, time)
     elif state is not None:
         first = torch.view_as_complex(state.contiguous()).transpose(0, 1).unsqueeze(2)
     if first is not None:
@@ -156,20 +146,25 @@ def _forward(
         before = before * _goes_on(document)
     before = F.pad(before, (0, 0, 1, 0)) if first is None else torch.cat([first, before], dim=2)
     entries = _pairs(before).to(x.dtype).flatten(1, 2)
-    y = torch.bmm(rows, toeplitz(kernel)).baddbmm_(entries, readout.transpose(1, 2))
+    y = torch.bmm(u, toeplitz(kernel)).baddbmm_(entries, readout.transpose(1, 2))
     saved = [entries, torch.view_as_real(powers), kernel, sides]
-    return bring_back(y, batch, length), torch.view_as_real(s), saved
+    return by_time(y, batch, length), torch.view_as_real(s), saved
+
+
+_cema_blocks = torch.library.custom_op(
+    f"megalodon::cema_blocks_v{VERSION}",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] coefficients, Tensor? state, Tensor? document, SymInt block)"
+    " -> (Tensor, Tensor, Tensor[])",
+)
 
 
 @_cema_blocks.register_fake
 def _(
-    x: Tensor,
-    coefficients: Sequence[Tensor],
-    state: Tensor | None,
-    document: Tensor | None,
-    block: int,
+    x: Tensor, coefficients: Sequence[Tensor], *others: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    (batch, length, dim), p = x.shape, coefficients[0]
+    (batch, length, dim), p, block = x.shape, coefficients[0], others[-1]
     order, blocks = p.shape[1], -(-length // block)
     saved = [
         x.new_empty(dim, batch * blocks, 2 * order),
@@ -181,26 +176,6 @@ def _(
     return y, p.new_empty(dim, batch, blocks, order, 2), saved
 
 
-@torch.library.custom_op(f"megalodon::cema_blocks_backward_v{VERSION}", mutates_args=())
-def _cema_blocks_backward(
-    grad_y: Tensor,
-    grad_states: Tensor | None,
-    x: Tensor,
-    saved: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    document: Tensor | None,
-    block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of p, log q and g as :func:`block_matrices_backward` gives them, of the
-    kernel (D, T), and of the states on entry, (D, B, blocks, N, 2).
-
-    The adjoint is the same operation backwards in time, with transposed matrices and the
-    conjugate of q. Products of what went in with what comes back are the gradients of the
-    matrices and of the scan's q.
-    """
-    return _adjoint(grad_y, grad_states, x, saved, coefficients, document, block)
-
-
 def _adjoint(
     grad_y: Tensor,
     grad_states: Tensor | None,
@@ -209,8 +184,15 @@ def _adjoint(
     coefficients: Sequence[Tensor],
     document: Tensor | None,
     block: int,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of p, log q and g as :func:`block_matrices_backward` gives them, of the
+    kernel (D, T), and of the states on entry, (D, B, blocks, N, 2).
+
+    The adjoint is the same operation backwards in time, with transposed matrices and the
+    conjugate of q. Products of what went in with what comes back are the gradients of the
+    matrices and of the scan's q.
+    """
     c = CEMACoefficients(*(t.contiguous() for t in coefficients))
     entries, powers, kernel, sides = saved
     summary, readout = sides.transpose(1, 2)  # (D, T, 2N)
@@ -218,14 +200,14 @@ def _adjoint(
     (batch, length, _), (dim, order), dtype = x.shape, c.p.shape, c.p.dtype
     far, near = powers[: -block - 1].flip(0).conj_physical_(), powers[-block - 1 :]
     jump = far[-1]
-    rows, back = lay_out(x, block), lay_out(grad_y, block)
+    u, back = by_channel(x, block), by_channel(grad_y, block)
     s = _states(torch.bmm(back, readout), batch, dtype)
     if grad_states is not None:
         of_states = torch.view_as_complex(grad_states.contiguous())
         s.addcmul_(jump[:, None, None], of_states)
     last = None
-    if parts is not None:
-        last = _beyond(s, c, block, far, length, parts, reverse=True)
+    if time is not None:
+        last = _beyond(s, c, block, far, length, time, reverse=True)
         s[:, :, -1:].addcmul_(jump[:, None, None], last)  # (D, B, 1, N)
     block_scan(s, c.log_q, block, far, document, reverse=True)
     after = s[:, :, 1:]
@@ -236,12 +218,12 @@ def _adjoint(
         after += of_states
     left = _pairs(after).to(x.dtype).flatten(1, 2)
     grad_x = torch.bmm(back, toeplitz(kernel).transpose(1, 2))
-    grad_x = bring_back(grad_x.baddbmm_(left, summary.transpose(1, 2)), batch, length)
+    grad_x = by_time(grad_x.baddbmm_(left, summary.transpose(1, 2)), batch, length)
 
-    rows = rows.transpose(1, 2)
+    u = u.transpose(1, 2)
     grad = (
-        _toeplitz_adjoint(torch.bmm(rows, back).to(dtype)),
-        torch.bmm(rows, left).to(dtype),
+        _toeplitz_adjoint(torch.bmm(u, back).to(dtype)),
+        torch.bmm(u, left).to(dtype),
         torch.bmm(back.transpose(1, 2), entries).to(dtype),
     )
     of_jump = torch.bmm(entries.transpose(1, 2), left).to(dtype).view(dim, order, 2, order, 2)
@@ -251,16 +233,20 @@ def _adjoint(
     return grad_x, grads, grad[0], torch.view_as_real(s)
 
 
+_cema_blocks_backward = torch.library.custom_op(
+    f"megalodon::cema_blocks_backward_v{VERSION}",
+    _adjoint,
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor? grad_states, Tensor x, Tensor[] saved, Tensor[] coefficients,"
+    " Tensor? document, SymInt block) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @_cema_blocks_backward.register_fake
 def _(
-    grad_y: Tensor,
-    grad_states: Tensor | None,
-    x: Tensor,
-    saved: Sequence[Tensor],
-    coefficients: Sequence[Tensor],
-    document: Tensor | None,
-    block: int,
+    grad_y: Tensor, grad_states: Tensor | None, x: Tensor, saved: Any, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    coefficients, _, block = others
     (batch, length, dim), p = x.shape, coefficients[0]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -273,57 +259,49 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     x, coefficients, state, document, block = inputs
     ctx.set_materialize_grads(False)
-    ctx.block, ctx.has_state = block, state is not None
+    ctx.block, ctx.has_state, ctx.adjoint = block, state is not None, _cema_blocks_backward
     ctx.save_for_backward(x, document, *coefficients, *output[2])
 
 
 def _backward(
     ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None, _: Any
-) -> tuple[Tensor | list[Tensor] | None, ...]:
+) -> tuple[Any, ...]:
     x, document, *rest = ctx.saved_tensors
-    coefficients, saved = rest[:4], rest[4:]
     if grad_y is None:  # only the state takes part in the loss
         grad_y = torch.zeros_like(x)
     with torch.autocast(grad_y.device.type, enabled=False):  # a caller's may reach as far as here
-        grad_x, grads, grad_kernel, grad_entries = _cema_blocks_backward(
-            grad_y, grad_states, x, saved, coefficients, document, ctx.block
+        grad_x, grads, grad_kernel, grad_entries = ctx.adjoint(
+            grad_y, grad_states, x, rest[4:], rest[:4], document, ctx.block
         )
-    grad_c = _of_coefficients(grads, grad_kernel)
+    grad_c = [grads[0, ..., 0], grads[1], grads[2], grad_kernel[:, 0]]
     grad_state = grad_entries[:, :, 0].transpose(0, 1) if ctx.has_state else None
     return grad_x, grad_c, grad_state, None, None
-
-
-def _of_coefficients(grads: Tensor, grad_kernel: Tensor) -> list[Tensor]:
-    return [grads[0, ..., 0], grads[1], grads[2], grad_kernel[:, 0]]
 
 
 _cema_blocks.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.compiler.disable  # which cannot follow what processes tell each other
-def cema_blocks_of_part(x: Tensor, c: CEMACoefficients, block: int, parts: Parts) -> Tensor:
+def cema_blocks_of_part(x: Tensor, c: CEMACoefficients, block: int, time: TimeGroup) -> Tensor:
     """Outputs of one of the parts of a sequence, as of :func:`cema_blocks`; T divides L."""
-    y: Tensor = _CEMABlocksOfPart.apply(x, *c, block, parts)
+    y: Tensor = _CEMABlocksOfPart.apply(x, *c, block, time)
     return y
 
 
 class _CEMABlocksOfPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *c, ctx.block, ctx.parts = rest
-        y, _, saved = _forward(x, c, None, None, ctx.block, ctx.parts)
-        ctx.save_for_backward(x, *c, *saved)
-        return y
+        *c, block, time = rest
+        output = _forward(x, c, None, None, block, time)
+        _setup_context(ctx, (x, c, None, None, block), output)
+        ctx.adjoint = partial(_adjoint, time=time)
+        return output[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        with torch.autocast(grad_y.device.type, enabled=False):
-            grad_x, grads, grad_kernel, _ = _adjoint(
-                grad_y, None, x, rest[4:], rest[:4], None, ctx.block, ctx.parts
-            )
-        return grad_x, *_of_coefficients(grads, grad_kernel), None, None
+        grad_x, grad_c, *_ = _backward(ctx, grad_y, None, None)
+        return grad_x, *grad_c, None, None
 
 
 def _beyond(
@@ -332,7 +310,7 @@ def _beyond(
     block: int,
     powers: Tensor,
     length: int,
-    parts: Parts,
+    time: TimeGroup,
     *,
     reverse: bool = False,
 ) -> Tensor:
@@ -341,24 +319,24 @@ def _beyond(
     alone = s.clone()
     block_scan(alone, c.log_q, block, powers, reverse=reverse)
     mine = torch.view_as_real(alone[:, :, :1] if reverse else alone[:, :, -1:])
-    others = torch.view_as_complex(parts.gather(mine))
-    others = others[parts.rank + 1 :] if reverse else others[: parts.rank]
+    others = torch.view_as_complex(time.gather(mine))
+    others = others[time.rank + 1 :] if reverse else others[: time.rank]
     ages = torch.arange(len(others), device=s.device).view(-1, 1, 1)
     q_re, q_im = complex_power(c.log_q, ages if reverse else ages.flip(0), scale=length)
     decay = torch.complex(q_re, -q_im if reverse else q_im)  # (parts, D, N)
     return (decay[:, :, None, None] * others).sum(0)
 
 
-def lay_out(x: Tensor, block: int) -> Tensor:
+def by_channel(x: Tensor, block: int) -> Tensor:
     """x (B, L, D) by channel, the last block filled up with zeros: (D, B blocks, T)."""
     missing = -x.shape[1] % block
     x = F.pad(x, (0, 0, 0, missing)) if missing else x
     return x.flatten(0, 1).t().contiguous().unflatten(1, (-1, block))
 
 
-def bring_back(rows: Tensor, batch: int, length: int) -> Tensor:
-    """The inverse of :func:`lay_out`."""
-    x = rows.flatten(1).t().contiguous().unflatten(0, (batch, -1))
+def by_time(u: Tensor, batch: int, length: int) -> Tensor:
+    """The inverse of :func:`by_channel`."""
+    x = u.flatten(1).t().contiguous().unflatten(0, (batch, -1))
     return x if x.shape[1] == length else x[:, :length].contiguous()
 
 
@@ -382,5 +360,5 @@ def toeplitz(kernel: Tensor) -> Tensor:
 def _toeplitz_adjoint(grad: Tensor) -> Tensor:
     """The adjoint of an upper Toeplitz matrix: (D, T, T) -> (D, T)."""
     dim, size, _ = grad.shape
-    rows = F.pad(grad, (0, size))  # read with a row length of one more, they shift back
-    return rows.as_strided((dim, size, size), (2 * size * size, 2 * size + 1, 1)).sum(1)
+    shifted = F.pad(grad, (0, size))  # read with a row length of one more, they shift back
+    return shifted.as_strided((dim, size, size), (2 * size * size, 2 * size + 1, 1)).sum(1)

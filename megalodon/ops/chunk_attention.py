@@ -94,7 +94,7 @@ def chunk_attention(
         chunk_size: C.
         state: keys and values of the current chunk so far; needed where offset is not 0.
         offset: tokens of the current chunk that the state holds: an int in [0, C) for all rows,
-            or (B,) where the rows differ.
+            or (B,) for a single token whose rows differ.
         segments: where padding and document borders lie, and the rows' offsets; ``None`` for
             plain text.
         dropout: probability with which entries of the attention map are dropped.
@@ -108,11 +108,9 @@ def chunk_attention(
     if segments is not None:
         return _segmented(q, k, v, chunk_size, state, segments, dropout, fused, return_state)
     length = q.shape[1]
-    if isinstance(offset, Tensor):
-        if length != 1 or state is None:
-            raise ValueError("rows with different offsets take one token at a time or segments")
-        return _decode(q, k, v, state, offset, dropout)
-    if length == 1 and state is not None and return_state and not torch.is_grad_enabled():
+    in_place = length == 1 and state is not None and return_state and not torch.is_grad_enabled()
+    if isinstance(offset, Tensor) or in_place:
+        assert state is not None
         return _decode(q, k, v, state, offset, dropout)
 
     head = min(length, chunk_size - offset) if offset else 0
@@ -151,7 +149,9 @@ def _attend(
         if mask is None and not causal:
             mask = _causal(queries, keys, q.device)
         size = v.shape[-1]
-        q, k, v = _equal_heads(q, k, v)
+        widest = max(q.shape[-1], size)
+        if widest <= FLASH_LIMIT:  # whose kernels take heads of one size; zeros change no score
+            q, k, v = (F.pad(x, (0, n)) if (n := widest - x.shape[-1]) else x for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
         return y[..., :size].transpose(1, 2)
     if queries == 1 and mask is None:
@@ -166,16 +166,6 @@ def _attend(
     if dropout:
         weights = F.dropout(weights, dropout)
     return torch.bmm(weights, v.flatten(0, 1)).view(*q.shape[:3], -1).transpose(1, 2)
-
-
-def _equal_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill the shorter heads up with zeros, which changes no score: PyTorch's flash kernels take
-    queries, keys and values of one size only, up to FLASH_LIMIT."""
-    size = max(q.shape[-1], v.shape[-1])
-    if q.shape[-1] == v.shape[-1] or size > FLASH_LIMIT:
-        return q, k, v
-    q, k, v = (F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (q, k, v))
-    return q, k, v
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -217,13 +207,12 @@ def _next_state(
     new = min(kept, k.shape[1])  # of which this piece brought
 
     def update(x: Tensor, old: Tensor | None) -> Tensor:
-        parts = [x[:, x.shape[1] - new :]]
+        tail = x[:, x.shape[1] - new :]
         if old is not None and kept > new:
-            parts.insert(0, old[:, : kept - new].to(x.dtype))
-        parts.append(x.new_zeros(x.shape[0], chunk_size - kept, *x.shape[2:]))
-        return torch.cat(parts, dim=1)
+            tail = torch.cat([old[:, : kept - new].to(x.dtype), tail], dim=1)
+        return F.pad(tail, (0, 0, 0, 0, 0, chunk_size - kept))
 
-    keys, values = (None, None) if state is None else state
+    keys, values = state or (None, None)
     return AttentionState(update(k, keys), update(v, values))
 
 
@@ -238,27 +227,20 @@ def _segmented(
     fused: bool,
     return_state: bool,
 ) -> tuple[Tensor, AttentionState | None]:
-    """Rows with padding, documents or offsets of their own, by way of the chunk layout."""
+    """Rows with padding, documents or offsets of their own, by way of slots."""
     chunks, size = segments.num_chunks, segments.num_chunks * chunk_size
 
-    def lay_out(x: Tensor, cached: Tensor | None) -> Tensor:
-        buffer = scatter_slots(x, segments.chunk_slot, size + chunk_size)
-        if cached is None:
-            return buffer
-        # Cached slots come first; those that this piece fills are overwritten by it.
-        filled = scatter_slots(segments.mask, segments.chunk_slot, size + chunk_size)
-        filled = filled[:, :chunk_size, None, None]
-        head = torch.where(filled, buffer[:, :chunk_size], cached.to(x.dtype))
-        return torch.cat([head, buffer[:, chunk_size:]], dim=1)
+    def to_slots(x: Tensor, cached: Tensor | None = None) -> Tensor:
+        return scatter_slots(x, segments.chunk_slot, size + chunk_size, cached)
 
     def in_chunks(x: Tensor) -> Tensor:
         return x[:, :size].unflatten(1, (chunks, chunk_size)).flatten(0, 1)
 
-    keys = lay_out(k, None if state is None else state.keys)
-    values = lay_out(v, None if state is None else state.values)
-    queries = in_chunks(lay_out(q, None))
+    cached_keys, cached_values = state or (None, None)
+    keys, values = to_slots(k, cached_keys), to_slots(v, cached_values)
+    queries = in_chunks(to_slots(q))
     if segments.has_borders:
-        # A chunk of a document may lie across a border of the layout, but reaches no further
+        # A chunk of a document may lie across a border of the slots, but reaches no further
         # back than one.
         now = segments.chunk_start.unflatten(1, (chunks, chunk_size))
         before = F.pad(now[:, :-1], (0, 0, 1, 0), value=-1)
@@ -268,9 +250,9 @@ def _segmented(
         mask = same.flatten(0, 1).unsqueeze(1)
 
         def with_previous(x: Tensor) -> Tensor:
-            rows = x[:, :size].unflatten(1, (chunks, chunk_size))
-            previous = F.pad(rows[:, :-1], (0,) * 2 * (rows.dim() - 2) + (1, 0))
-            return torch.cat([previous, rows], dim=2).flatten(0, 1)
+            now = x[:, :size].unflatten(1, (chunks, chunk_size))
+            before = F.pad(now[:, :-1], (0,) * 2 * (now.dim() - 2) + (1, 0))
+            return torch.cat([before, now], dim=2).flatten(0, 1)
 
         y = _attend(queries, with_previous(keys), with_previous(values), dropout, fused, mask)
     else:

@@ -9,6 +9,7 @@ Ma et al. 2024 (arXiv 2404.08801), section 3.3. For group ``g`` of ``D / G`` cha
 The weight is stored minus one, so that weight decay pulls the effective scale to one.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .parts import Parts
+from ..time_parallel import TimeGroup
 from .precision import wide_dtype, without_autocast
 from .segments import Segments
 
@@ -83,11 +84,16 @@ class StepCounts(NamedTuple):
     ratio: Tensor
 
 
-def step_counts(x: Tensor, seen: Tensor | int = 0) -> StepCounts:
-    """The counts of x (B, L, ...), of whose rows `seen`, an int or (B,), steps were seen before."""
-    steps = torch.arange(1, x.shape[1] + 1, dtype=statistics_dtype(x), device=x.device)
-    total = steps.view(1, -1, 1)
-    total = total + (seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen)
+def step_counts(x: Tensor, seen: Tensor | int = 0, segments: Segments | None = None) -> StepCounts:
+    """The counts of x (B, L, ...), of whose rows `seen`, an int or (B,), steps were seen before;
+    with segments it is (B,), and each document has counts of its own."""
+    dtype = statistics_dtype(x)
+    if segments is None:
+        total = torch.arange(1, x.shape[1] + 1, dtype=dtype, device=x.device).view(1, -1, 1)
+        total = total + (seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen)
+    else:
+        assert isinstance(seen, Tensor)
+        total = segments.count(seen).unsqueeze(-1).to(dtype)
     return StepCounts(total, total / (total - 1).clamp(min=1))
 
 
@@ -104,7 +110,7 @@ def timestep_norm(
     *,
     counts: StepCounts | None = None,
     return_state: bool = True,
-    parts: Parts | None = None,
+    time: TimeGroup | None = None,
 ) -> tuple[Tensor, TimestepNormState | None]:
     """TimestepNorm of a whole piece of text at once, as a cumulative sum.
 
@@ -116,49 +122,42 @@ def timestep_norm(
         state: what came before; ``None`` for the start of a text.
         segments: where padding and document borders lie; ``None`` for plain text.
         dtype: of y; ``None`` for that of x. Statistics are kept in :func:`statistics_dtype`.
-        counts: of plain text, where the caller has them; ``None``: made of the state.
+        counts: where the caller has them; ``None``: made of the state.
         return_state: whether the state after the last step is wanted.
-        parts: of which x is one, without a state of its own; ``None``: x is all of the text.
+        time: the processes that share the text; then there is no state before it, and there are
+            no segments. ``None``: x is all of it.
 
     Returns:
         y (B, L, D), and the state after the last step or ``None``.
     """
     dtype = dtype or x.dtype
-    single = x.shape[1] == 1 and parts is None
+    single = x.shape[1] == 1 and segments is None and time is None
     if state is None and (segments is not None or single):
         state = initial_state(x, num_groups)
-    if segments is None and single:
+    if single:
         assert state is not None
         return _step(x, weight, bias, num_groups, eps, state, dtype)
-    if segments is None:
-        before = 0 if parts is None else parts.rank * x.shape[1]
-        counts = counts or step_counts(x, before if state is None else state.steps)
-        _, mean0, var0 = state or (None, None, None)
-        given = (x, weight, bias, *counts, mean0, var0, num_groups, eps, dtype, parts)
-        if parts is not None:
-            y, mean, var = _norm_of_part(*given)
-        else:
-            # A compiler does by itself what the function does, and keeps the code of no such one.
-            y, mean, var = _norm(*given)[:3] if is_compiling() else _TimestepNorm.apply(*given)
-        if not return_state:
-            return y, None
-        steps = counts.total[:, -1, 0].long().expand(x.shape[0])
-        return y, TimestepNormState(steps, mean[:, -1].clone(), var[:, -1].clone())
-
-    assert state is not None
-    groups = _by_group(x, num_groups)
-    mean, var = _segment_statistics(*_step_statistics(groups), state, segments)
-    y, _, _ = _normalise(groups, mean, var, weight, bias, eps, dtype)
+    before = 0 if time is None else time.rank * x.shape[1]
+    counts = counts or step_counts(x, before if state is None else state.steps, segments)
+    _, mean0, var0 = state or (None, None, None)
+    given = (x, weight, bias, counts, mean0, var0, num_groups, eps, dtype, segments, time)
+    if time is not None:
+        y, mean, var = _norm_of_part(*given)
+    elif segments is not None or is_compiling():
+        # A compiler does by itself what the function does, and keeps the code of no such one.
+        y, mean, var = _norm(*given)[:3]
+    else:
+        y, mean, var = _TimestepNorm.apply(*given)
     if not return_state:
         return y, None
-    # A row without a valid step keeps its state.
-    last, seen = segments.last.view(-1, 1, 1), segments.any_valid.view(-1, 1)
-    final_mean = mean.take_along_dim(last, 1).squeeze(1)
-    final_var = var.take_along_dim(last, 1).squeeze(1)
+    if segments is None:
+        steps = counts.total[:, -1, 0].long().expand(x.shape[0])
+        return y, TimestepNormState(steps, mean[:, -1].clone(), var[:, -1].clone())
+    assert state is not None
     return y, TimestepNormState(
         segments.final_count(state.steps),
-        torch.where(seen, final_mean, state.mean),
-        torch.where(seen, final_var, state.var),
+        segments.final(mean, state.mean),
+        segments.final(var, state.var),
     )
 
 
@@ -202,15 +201,15 @@ def _step_statistics(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _statistics_before(
-    step_mean: Tensor, step_var: Tensor, parts: Parts
+    step_mean: Tensor, step_var: Tensor, time: TimeGroup
 ) -> tuple[Tensor | None, Tensor | None]:
     """M_0 and V_0 of a part whose steps have statistics (B, L, G): those of the parts before it,
     merged (Chan et al. 1983)."""
     step_mean, step_var = (t.to(statistics_dtype(t)) for t in (step_mean, step_var))
     var, mean = torch.var_mean(step_mean, 1, correction=0)
     summary = torch.stack([mean, step_var.mean(1) + var])
-    means, variances = parts.gather(summary)[: parts.rank].unbind(1)
-    if not parts.rank:
+    means, variances = time.gather(summary)[: time.rank].unbind(1)
+    if not time.rank:
         return None, None
     mean = means.mean(0)
     return mean, (variances + (means - mean).square()).mean(0)
@@ -222,83 +221,57 @@ def _cumulative_statistics(
     counts: StepCounts,
     mean0: Tensor | None,
     var0: Tensor | None,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the steps' statistics into M_t and V_t, each (B, L, G), after M_0 and V_0, if any.
+    With segments these are there; padding is left out and documents are kept apart.
 
     The variance is a sum of non-negative terms, never a difference of two large sums::
 
         t V_t = sum_s v_s + (m_s - M_s)^2 s/(s-1)
     """
     total, ratio = counts
-    if mean0 is None:
+    if mean0 is None or var0 is None:
         mean = step_mean.cumsum(1, dtype=total.dtype) / total
-    else:  # shifted by the mean on entry, so that the sums stay small
-        start = mean0.unsqueeze(1)
-        mean = start + (step_mean - start).cumsum(1) / total
-    sums = torch.addcmul(step_var, (step_mean - mean).square(), ratio).cumsum(1)
-    if var0 is not None:
-        sums = torch.addcmul(sums, var0.unsqueeze(1), total[:, :1] - 1)
-    return mean, sums / total
-
-
-def _segment_statistics(
-    step_mean: Tensor, step_var: Tensor, state: TimestepNormState, segments: Segments
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_cumulative_statistics`, with padding left out and documents kept apart."""
-    dtype = state.mean.dtype
-    weight = segments.mask.unsqueeze(-1).to(dtype)
-    total = segments.count(state.steps).unsqueeze(-1).to(dtype)  # (B, L, 1), own step included
-    carried = segments.continues.unsqueeze(-1).to(dtype)  # 1 where the entry state still counts
-    seen = state.steps.to(dtype).view(-1, 1, 1) * carried
-    start = state.mean.unsqueeze(1) * carried
-    mean = start + segments.cumsum((step_mean - start) * weight) / total
-    ratio = total / (total - 1).clamp(min=1)
+        terms = torch.addcmul(step_var, (step_mean - mean).square(), ratio)
+        return mean, terms.cumsum(1) / total
+    # Shifted by the mean on entry, so that the sums stay small.
+    start, seen = mean0.unsqueeze(1), total[:, :1] - 1
+    if segments is not None:
+        continues = segments.continues.unsqueeze(-1)
+        start, seen = start * continues, seen * continues
+    cumsum = partial(torch.cumsum, dim=1) if segments is None else segments.cumsum
+    mean = start + cumsum(step_mean - start) / total
     terms = torch.addcmul(step_var, (step_mean - mean).square(), ratio)
-    return mean, (state.var.unsqueeze(1) * seen + segments.cumsum(terms * weight)) / total
-
-
-def _normalise(
-    groups: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    y_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, L, D), and the mean and 1 / sqrt(V + eps) that it was made with."""
-    dtype = groups.dtype
-    mean, rstd = mean.to(dtype), (var.to(dtype) + eps).rsqrt()
-    # By another view than the statistics have: else a compiler would keep groups - mean as well.
-    rows, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, mean, rstd))
-    normed = (rows - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
-    normed = normed.view(*groups.shape[:2], -1)
-    y = torch.addcmul(bias.to(dtype), normed, (weight + 1).to(dtype))
-    return y.to(y_dtype), mean, rstd
+    return mean, torch.addcmul(cumsum(terms), var0.unsqueeze(1), seen) / total
 
 
 def _norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    total: Tensor,
-    ratio: Tensor,
+    counts: StepCounts,
     mean0: Tensor | None,
     var0: Tensor | None,
     num_groups: int,
     eps: float,
-    dtype: torch.dtype,
-    parts: Parts | None,
+    y_dtype: torch.dtype,
+    segments: Segments | None,
+    time: TimeGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, M_t and V_t; and what of :func:`_normalise` a backward needs."""
+    """y (B, L, D), M_t and V_t; and the mean and 1 / sqrt(V + eps) that y was made with."""
     groups = _by_group(x, num_groups)
+    dtype = groups.dtype
     step_mean, step_var = _step_statistics(groups)
-    counts = StepCounts(total, ratio)
-    if parts is not None:
-        mean0, var0 = _statistics_before(step_mean, step_var, parts)
-    mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0)
-    y, *used = _normalise(groups, mean, var, weight, bias, eps, dtype)
-    return y, mean, var, used[0], used[1]
+    if time is not None:
+        mean0, var0 = _statistics_before(step_mean, step_var, time)
+    mean, var = _cumulative_statistics(step_mean, step_var, counts, mean0, var0, segments)
+    used_mean, rstd = mean.to(dtype), (var.to(dtype) + eps).rsqrt()
+    # By another view than the statistics have: else a compiler would keep groups - mean as well.
+    steps, mean_x, rstd_x = (t.flatten(0, 1) for t in (groups, used_mean, rstd))
+    normed = (steps - mean_x.unsqueeze(-1)) * rstd_x.unsqueeze(-1)
+    y = torch.addcmul(bias.to(dtype), normed.view(x.shape), (weight + 1).to(dtype))
+    return y.to(y_dtype), mean, var, used_mean, rstd
 
 
 class _TimestepNorm(torch.autograd.Function):
@@ -312,9 +285,9 @@ class _TimestepNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var, *used = _norm(*given)
-        x, weight, bias, total, _, mean0, *_ = given
-        ctx.save_for_backward(x, weight, total, mean0, *used)
-        ctx.bias_dtype, ctx.parts = bias.dtype, given[-1]
+        x, weight, bias, counts, mean0, *_ = given
+        ctx.save_for_backward(x, weight, counts.total, mean0, *used)
+        ctx.bias_dtype, ctx.time = bias.dtype, given[-1]
         ctx.set_materialize_grads(False)
         return y, mean, var
 
@@ -342,8 +315,8 @@ class _TimestepNorm(torch.autograd.Function):
             to_var -= grad_var * 2 / (total * size)
         both = torch.cat([to_var, torch.addcmul(to_mean, to_var, mean, value=-1)], dim=-1)
         both = both.flip(1).cumsum(1).flip(1)  # sums over t >= s
-        if ctx.parts is not None:
-            both += ctx.parts.gather(both[:, :1])[ctx.parts.rank + 1 :].sum(0)
+        if ctx.time is not None:
+            both += ctx.time.gather(both[:, :1])[ctx.time.rank + 1 :].sum(0)
         slope, offset = both.chunk(2, dim=-1)
         grad_mean0 = grad_var0 = None
         if mean0 is not None:
@@ -354,19 +327,9 @@ class _TimestepNorm(torch.autograd.Function):
         offset = torch.addcmul(offset, slope, mean).to(mean.dtype)
         grad_x = grad_x.mul_(rstd.unsqueeze(-1)).sub_(offset.unsqueeze(-1))
         grad_x.addcmul_(normed, (slope / rstd).to(mean.dtype).unsqueeze(-1), value=-1)
-        return (
-            grad_x.flatten(-2).to(x.dtype),
-            grad_weight.to(weight.dtype),
-            grad_bias.to(ctx.bias_dtype),
-            None,
-            None,
-            grad_mean0,
-            grad_var0,
-            None,
-            None,
-            None,
-            None,
-        )
+        of_norm = (grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype))
+        nothing = [None] * 5
+        return grad_x.flatten(-2).to(x.dtype), *of_norm, None, grad_mean0, grad_var0, *nothing
 
 
 @torch.compiler.disable

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,29 +66,23 @@ def test_without_gradients_it_equals_the_recurrence(length: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_steps_equal_the_recurrence(dtype: torch.dtype) -> None:
-    coefficients = cema_coefficients(*parameters(3, 4, dtype))
-    x, state = torch.randn(2, 70, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
-    wide = CEMACoefficients(*(t.double() for t in coefficients))
-    expected, final = cema_reference(x.double(), wide, state.double())
-    steps, outputs = cema_step_coefficients(coefficients), []
-    for token in x.split(1, dim=1):
-        y, state = cema_step(token, steps, state)
-        outputs.append(y)
-    found = torch.cat(outputs, dim=1)
-    assert found.dtype == state.dtype == dtype
-    assert_close([found, state], [expected, final], TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_short_pieces_equal_the_recurrence(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("operation", "keep", "sizes"),
+    [
+        (cema_step, cema_step_coefficients, [1] * 75),
+        (cema_piece, cema_piece_coefficients, [2, BLOCK, 11, BLOCK - 2]),
+    ],
+)
+def test_steps_and_short_pieces_equal_the_recurrence(
+    operation: Any, keep: Any, sizes: list[int], dtype: torch.dtype
+) -> None:
     coefficients = cema_coefficients(*parameters(3, 4, dtype))
     x, state = torch.randn(2, 75, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
     wide = CEMACoefficients(*(t.double() for t in coefficients))
     expected, final = cema_reference(x.double(), wide, state.double())
-    pieces, outputs = cema_piece_coefficients(coefficients), []
-    for piece in x.split([2, BLOCK, 11, BLOCK - 2], dim=1):
-        y, state = cema_piece(piece, pieces, state)
+    kept, outputs = keep(coefficients), []
+    for piece in x.split(sizes, dim=1):
+        y, state = operation(piece, kept, state)
         outputs.append(y)
     found = torch.cat(outputs, dim=1)
     assert found.dtype == state.dtype == dtype

@@ -60,7 +60,8 @@ def test_the_state_of_a_long_prefill_is_that_of_feeding_token_by_token() -> None
     _, prefilled = stream(model, text, [1003])
     _, fed = stream(model, text, [1] * 1003)
     assert prefilled.positions == fed.positions == 1003
-    assert prefilled.uniform_length == fed.uniform_length
+    assert prefilled.is_uniform
+    assert fed.is_uniform
     filled = 1003 % CHUNK
     for one, other in zip(prefilled.states, fed.states, strict=True):
         torch.testing.assert_close(one.norm, other.norm, rtol=0, atol=1e-6)

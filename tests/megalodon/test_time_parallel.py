@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megalodon.ops.cema import cema, cema_coefficients, cema_reference
-from megalodon.ops.parts import Parts
 from megalodon.ops.timestep_norm import timestep_norm, timestep_norm_reference
+from megalodon.time_parallel import TimeGroup
 from tests.processes import outcome, torchrun
 
 from .test_cema import parameters
@@ -19,10 +19,10 @@ from .test_cema import parameters
 WORKER = Path(__file__).with_name("time_parallel_worker.py")
 PARTS = 3
 
-Op = Callable[[Tensor, list[Tensor], Parts | None], Tensor]
+Op = Callable[[Tensor, list[Tensor], TimeGroup | None], Tensor]
 
 
-class InThread:
+class InThread(TimeGroup):
     """A part that a thread of this process holds."""
 
     def __init__(self, rank: int, barrier: Barrier, slots: list[Tensor]) -> None:
@@ -37,10 +37,10 @@ class InThread:
 
 
 def values_and_gradients(
-    op: Op, x: Tensor, leaves: list[Tensor], weight: Tensor, parts: Parts | None = None
+    op: Op, x: Tensor, leaves: list[Tensor], weight: Tensor, time: TimeGroup | None = None
 ) -> list[Tensor]:
     x, *leaves = (t.detach().clone().requires_grad_() for t in (x, *leaves))
-    y = op(x, leaves, parts)
+    y = op(x, leaves, time)
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *leaves])]
 
 
@@ -62,10 +62,10 @@ def check(op: Op, reference: Op, x: Tensor, leaves: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("length", [1, 31, 32, 96, 17 * 32])
 def test_a_moving_average_in_parts_is_that_of_the_whole(length: int) -> None:
-    def op(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
-        return cema(x, cema_coefficients(*leaves), return_state=False, parts=parts)[0]
+    def op(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
+        return cema(x, cema_coefficients(*leaves), return_state=False, time=time)[0]
 
-    def reference(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
+    def reference(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
         return cema_reference(x, cema_coefficients(*leaves))[0]
 
     leaves = list(parameters(6, 3, torch.float64))
@@ -74,10 +74,10 @@ def test_a_moving_average_in_parts_is_that_of_the_whole(length: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 9])
 def test_a_norm_in_parts_is_that_of_the_whole(length: int) -> None:
-    def op(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
-        return timestep_norm(x, leaves[0], leaves[1], 4, parts=parts)[0]
+    def op(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
+        return timestep_norm(x, leaves[0], leaves[1], 4, time=time)[0]
 
-    def reference(x: Tensor, leaves: list[Tensor], parts: Parts | None) -> Tensor:
+    def reference(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
         return timestep_norm_reference(x, leaves[0], leaves[1], 4)[0]
 
     x = torch.randn(2, PARTS * length, 12, dtype=torch.float64) + 5
