@@ -10,7 +10,7 @@ import torch
 
 from megalodon_enwik8 import recall
 from megalodon_enwik8.models import build_model, count_parameters
-from megalodon_enwik8.recall import ANSWERS, CHUNK, GAPS, KEYS, OTHERS, PAIRS, VALUES, draw
+from megalodon_enwik8.recall import ANSWERS, CHUNK, GAPS, KEYS, LEAD, OTHERS, PAIRS, VALUES, draw
 from megalodon_enwik8.report.pictures import draw_recall
 from megalodon_enwik8.safety import UserError
 
@@ -18,22 +18,23 @@ from megalodon_enwik8.safety import UserError
 @pytest.mark.parametrize("gap", GAPS)
 def test_each_key_comes_back_with_its_value(gap: int) -> None:
     batch = draw(3, gap, seed=1)
-    assert batch.shape == (3, 4 * PAIRS + gap)
+    assert batch.shape == (3, LEAD + 4 * PAIRS + gap)
     for row in batch.tolist():
-        first, again = row[: 2 * PAIRS], row[-2 * PAIRS :]
+        lead, first = row[:LEAD], row[LEAD:][: 2 * PAIRS]
+        again, others = row[-2 * PAIRS :], lead + row[LEAD + 2 * PAIRS : -2 * PAIRS]
         pairs = dict(zip(first[::2], first[1::2], strict=True))
         assert len(pairs) == PAIRS
         assert dict(zip(again[::2], again[1::2], strict=True)) == pairs
         assert all(key < KEYS <= value < KEYS + VALUES for key, value in pairs.items())
-        assert all(KEYS + VALUES <= t < KEYS + VALUES + OTHERS for t in row[2 * PAIRS : -2 * PAIRS])
+        assert all(KEYS + VALUES <= t < KEYS + VALUES + OTHERS for t in others)
         assert row[ANSWERS] == again[1::2] == row[1:][ANSWERS]
 
 
 @pytest.mark.parametrize(("gap", "borders"), GAPS.items())
 def test_gaps_cross_as_many_borders_as_they_say(gap: int, borders: int) -> None:
     """From any key to its return."""
-    first = (0, 2 * PAIRS - 2)
-    again = (2 * PAIRS + gap, 4 * PAIRS + gap - 1)
+    first = (LEAD, LEAD + 2 * PAIRS - 2)
+    again = (LEAD + 2 * PAIRS + gap, LEAD + 4 * PAIRS + gap - 1)
     crossed = {b // CHUNK - a // CHUNK for a in first for b in again}
     assert crossed == {borders}
 
