@@ -69,10 +69,11 @@ def plan(command: str, given: Grid, rounds: int) -> Iterator[tuple[dict[str, Any
     """A row for each combination of settings, and the tasks that fill it."""
     for kind, own in COMMANDS[command].items():
         grid = SHARED | own | given
-        values = [value if isinstance(value, list) else [value] for value in grid.values()]
+        values = [each if each and isinstance(each, list) else [each] for each in grid.values()]
         for chosen in itertools.product(*values):
             settings = dict(zip(grid, chosen, strict=True))
-            alone = kind == "scale" or settings["seq_len"] > CONTEXTS[-1]
+            ours = Task(kind, MODELS[0], settings, rounds)
+            alone = kind == "scale" or ours.config(MODELS[0]).seq_len > CONTEXTS[-1]
             models = MODELS[:1] if alone else MODELS
             pairs = [(kind, model) for model in models]
             if kind == "steps":

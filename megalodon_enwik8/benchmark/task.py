@@ -81,6 +81,8 @@ class Task:
         if not isinstance(step_bytes, int):
             raise UserError(f"command line: step_bytes={step_bytes}: must be a whole number")
         whole = make_config(own, "command line")
+        if whole.use_autocast == "auto":
+            raise UserError("command line: use_autocast=auto: say true or false, for a row to tell")
         sequences = max(1, step_bytes // whole.seq_len)
         size = min(whole.batch_size, sequences)
         if sequences % size:

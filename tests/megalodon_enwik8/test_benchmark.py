@@ -239,6 +239,9 @@ def test_what_is_measured_survives_an_interruption(command: str, run_faked: Any)
     [
         ("train batch_size=3", "batch_size=3: does not divide 16 sequences a step"),
         ("train seq_len=0", "command line: seq_len=0"),
+        ("train seq_len=x", "command line: seq_len=x: "),
+        ("train seq_len=[]", "command line: seq_len=[]: "),
+        ("train use_autocast=auto", "command line: use_autocast=auto: say true or false"),
         ("train chunk_sise=1", "command line: chunk_sise: unknown key; did you mean chunk_size"),
         ("train model=llama", "command line: model: the benchmark sets it; leave it out"),
         ("train batch_size", "command line: 'batch_size': expected key=value"),
