@@ -6,8 +6,8 @@ Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence
 tokens, PAIRS keys, each with a value behind it, a gap of other tokens, and the keys in another
 order, each with its value. Only those values count. Who knows which values came but not which
 belongs to which key, and leaves out those already asked for, is right in half of all cases.
-Training begins with the shortest gap; the longer ones come in one after the other. KEY is any of a
-config; a model that lacks it takes no part. All in float32.
+Training begins with the shortest gap; the longer ones come in one after the other. KEY is one of a
+config, for a model's form or its optimizer; a model that lacks it takes no part. All in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from megalodon_enwik8.config import ExperimentConfig, has_key, make_config, read_overrides
+from megalodon_enwik8.config import (
+    FREE_KEYS,
+    ExperimentConfig,
+    has_key,
+    make_config,
+    read_overrides,
+)
 from megalodon_enwik8.device import choose_device, device_name
 from megalodon_enwik8.models import build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
@@ -50,6 +56,11 @@ SIZES: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly 
 }  # fmt: skip
 RECIPE = {"optimizer": "adamw", "beta2": 0.95, "weight_decay": 0.1, "schedule": "cosine"}
 RATES = (1e-3, 3e-3)
+NOT_SERVED = FREE_KEYS | {
+    "model", "seed", "num_batches", "learning_rate", "chunk_size", "use_autocast", "seq_len",
+    "grad_clip_norm", "val_batches", "val_windows",
+}  # fmt: skip
+"""Keys that the probe sets, or that say nothing to it."""
 TEST_SEQUENCES = 256
 
 
@@ -121,6 +132,8 @@ def probe(
 ) -> None:
     """Train each model that has the given keys at each rate with each seed, and add what it
     remembers to `out`; what is there is not made again."""
+    if refused := given.keys() & NOT_SERVED:
+        raise UserError(f"command line: {min(refused)}: is not for the probe; leave it out")
     device = choose_device()
     models = [model for model in SIZES if all(has_key(model, key) for key in given)]
     configs = [

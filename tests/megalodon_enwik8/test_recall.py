@@ -69,6 +69,12 @@ def test_a_key_is_for_the_models_that_have_it(tmp_path: Path) -> None:
         recall.main([str(out), "norm_num_group=8"])
 
 
+@pytest.mark.parametrize("key", ["use_autocast=true", "compile=true", "chunk_size=16", "seed=1"])
+def test_a_key_that_says_nothing_to_the_probe_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{key.partition('=')[0]}: is not for the probe; leave"):
+        recall.main([str(tmp_path / "recall.json"), key])
+
+
 def test_a_probe_goes_on_and_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
