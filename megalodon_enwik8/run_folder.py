@@ -93,6 +93,7 @@ class RunFolder:
                 f"{self.path}: holds no valid checkpoint to resume from; start again with "
                 "--overwrite, which keeps what is there under another name"
             )
+        print(f"{self.path}: has no checkpoint yet: starting from step 0", flush=True)
         return None
 
     def begin(

@@ -194,3 +194,10 @@ def test_metrics_leave_out_a_damaged_line_and_a_cut_last_one(tmp_path: Path) -> 
     path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n{"step": 3')
     assert read_metrics(path) == [{"step": 0}, {"step": 2}]
     assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert RunFolder(tmp_path).find_checkpoint(NEWEST) is None
+    assert "has no checkpoint yet: starting from step 0" in capsys.readouterr().out
