@@ -208,11 +208,6 @@ class ExperimentConfig(BaseModel):
         return yaml.safe_dump(self.used(), sort_keys=False)
 
 
-def precision_name(use_autocast: bool | str) -> str:
-    """What tables and logs call it, once `auto` has chosen."""
-    return "bfloat16 autocast" if use_autocast else "float32"
-
-
 def bits_per_byte(loss: float) -> float:
     """Nats per byte to bits per byte (called BPC, bits per character, on enwik8)."""
     return loss / math.log(2)
