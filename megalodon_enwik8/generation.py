@@ -88,6 +88,9 @@ def generate_bytes(
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     input_ids = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).long()[None].to(device)
+    options: dict[str, Any] = {"do_sample": temperature > COLDEST}
+    if temperature > COLDEST:
+        options |= {"temperature": temperature, "min_p": min_p, "top_k": top_k or 0, "top_p": 1.0}
     with reading(model):
         output = cast(Any, model).generate(
             input_ids,
@@ -97,10 +100,6 @@ def generate_bytes(
             streamer=streamer,
             prefill_chunk_size=_PREFILL if len(prompt) > _PREFILL else None,
             logits_processor=LogitsProcessorList([_Checked(check)]),
-            do_sample=True,
-            temperature=max(temperature, COLDEST),
-            min_p=min_p,
-            top_k=top_k or 0,
-            top_p=1.0,
+            **options,
         )
     return bytes(output[0, len(prompt) :].tolist())
