@@ -2,9 +2,9 @@
 
 python -m megalodon_enwik8.recall runs/recall.json [KEY=VALUE ...]
 
-Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is LEAD other
-tokens, PAIRS keys, each with a value behind it, a gap of other tokens, and the keys in another
-order, each with its value. Only those values count. Who knows which values came but not which
+Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS
+keys, each with a value behind it, a gap of other tokens, and the keys in another order, each with
+its value. Only those values count. Who knows which values came but not which
 belongs to which key, and leaves out those already asked for, is right in half of all cases.
 Training begins with the shortest gap; the longer ones come in one after the other. KEY is one of a
 config, for a model's form or its optimizer; a model that lacks it takes no part. All in float32.
@@ -37,10 +37,9 @@ from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, w
 from megalodon_enwik8.training import derive_seed, make_optimizer
 
 KEYS, VALUES, OTHERS = 16, 16, 128  # token ids, in this order
-LEAD = 32
 PAIRS = 4
 CHUNK = 64
-GAPS = {8: 0, 16: 0, 64: 1, 128: 2, 256: 4}
+GAPS = {16: 0, 32: 0, 64: 1, 128: 2, 256: 4}
 """The lengths of the gap, and how many borders of chunks lie between a key and its return."""
 
 SIZES: dict[str, dict[str, Any]] = {  # of the same depth and width, and nearly as many parameters
@@ -65,7 +64,7 @@ TEST_SEQUENCES = 256
 
 
 def draw(sequences: int, gap: int, seed: int) -> torch.Tensor:
-    """(sequences, LEAD + 4 PAIRS + gap) int64; the values that count stand at ANSWERS."""
+    """(sequences, 4 PAIRS + gap) int64; the values that count stand at ANSWERS."""
     generator = torch.Generator().manual_seed(seed)
 
     def orders(of: int) -> torch.Tensor:
@@ -76,9 +75,8 @@ def draw(sequences: int, gap: int, seed: int) -> torch.Tensor:
     pairs = torch.stack([keys, values], dim=2)  # (sequences, PAIRS, 2)
     again = pairs.take_along_dim(orders(PAIRS).unsqueeze(2), dim=1)
     low, high = KEYS + VALUES, KEYS + VALUES + OTHERS
-    others = torch.randint(low, high, (sequences, LEAD + gap), generator=generator)
-    parts = [others[:, :LEAD], pairs.flatten(1), others[:, LEAD:], again.flatten(1)]
-    return torch.cat(parts, dim=1)
+    others = torch.randint(low, high, (sequences, gap), generator=generator)
+    return torch.cat([pairs.flatten(1), others, again.flatten(1)], dim=1)
 
 
 ANSWERS = slice(1 - 2 * PAIRS, None, 2)

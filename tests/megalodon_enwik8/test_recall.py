@@ -10,7 +10,7 @@ import torch
 
 from megalodon_enwik8 import recall
 from megalodon_enwik8.models import build_model, count_parameters
-from megalodon_enwik8.recall import ANSWERS, CHUNK, GAPS, KEYS, LEAD, OTHERS, PAIRS, VALUES, draw
+from megalodon_enwik8.recall import ANSWERS, CHUNK, GAPS, KEYS, OTHERS, PAIRS, VALUES, draw
 from megalodon_enwik8.report.pictures import draw_recall
 from megalodon_enwik8.safety import UserError
 
@@ -18,10 +18,9 @@ from megalodon_enwik8.safety import UserError
 @pytest.mark.parametrize("gap", GAPS)
 def test_each_key_comes_back_with_its_value(gap: int) -> None:
     batch = draw(3, gap, seed=1)
-    assert batch.shape == (3, LEAD + 4 * PAIRS + gap)
+    assert batch.shape == (3, 4 * PAIRS + gap)
     for row in batch.tolist():
-        lead, first = row[:LEAD], row[LEAD:][: 2 * PAIRS]
-        again, others = row[-2 * PAIRS :], lead + row[LEAD + 2 * PAIRS : -2 * PAIRS]
+        first, others, again = row[: 2 * PAIRS], row[2 * PAIRS : -2 * PAIRS], row[-2 * PAIRS :]
         pairs = dict(zip(first[::2], first[1::2], strict=True))
         assert len(pairs) == PAIRS
         assert dict(zip(again[::2], again[1::2], strict=True)) == pairs
@@ -33,8 +32,8 @@ def test_each_key_comes_back_with_its_value(gap: int) -> None:
 @pytest.mark.parametrize(("gap", "borders"), GAPS.items())
 def test_gaps_cross_as_many_borders_as_they_say(gap: int, borders: int) -> None:
     """From any key to its return."""
-    first = (LEAD, LEAD + 2 * PAIRS - 2)
-    again = (LEAD + 2 * PAIRS + gap, LEAD + 4 * PAIRS + gap - 1)
+    first = (0, 2 * PAIRS - 2)
+    again = (2 * PAIRS + gap, 4 * PAIRS + gap - 1)
     crossed = {b // CHUNK - a // CHUNK for a in first for b in again}
     assert crossed == {borders}
 
