@@ -2,12 +2,12 @@
 
 python -m megalodon_enwik8.recall runs/recall.json [KEY=VALUE ...]
 
-Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS
-keys, each with a value behind it, a gap of other tokens, and the keys in another order, each with
-its value. Only those values count. Who knows which values came but not which
-belongs to which key, and leaves out those already asked for, is right in half of all cases.
-Training begins with the shortest gap; the longer ones come in one after the other. KEY is one of a
-config, for a model's form or its optimizer; a model that lacks it takes no part. All in float32.
+Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS keys, each
+with a value behind it, a gap of other tokens, and the keys in another order, each with its value.
+Only those values count. Who knows which values came but not which belongs to which key, and leaves
+out those already asked for, is right in half of all cases. Training begins with the shortest gap;
+the longer ones come in one after the other. KEY is one of a config, for a model's form or its
+optimizer; a model that lacks it takes no part. All in float32.
 """
 
 from __future__ import annotations
