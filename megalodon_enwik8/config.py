@@ -200,7 +200,7 @@ class ExperimentConfig(BaseModel):
         return {
             name: getattr(self, name)
             for name in type(self).model_fields
-            if model_of_key(name) in (None, self.model)
+            if has_key(self.model, name)
         }
 
     def to_yaml(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megalodon_enwik8.config import ExperimentConfig, make_config, model_of_key, read_yaml
+from megalodon_enwik8.config import ExperimentConfig, has_key, make_config, read_yaml
 from megalodon_enwik8.safety import Parser, UserError, run_main
 
 Settings = dict[str, Any]
@@ -36,7 +36,7 @@ class Plan(BaseModel):
     def tries(self, model: str) -> list[tuple[str, list[Any]]]:
         """The key of each round that the model has, and its values."""
         pairs = [pair for values in self.rounds for pair in values.items()]
-        return [(key, values) for key, values in pairs if model_of_key(key) in (None, model)]
+        return [(key, values) for key, values in pairs if has_key(model, key)]
 
     def set_keys(self, model: str) -> list[str]:
         """What the runs of a model set, in all rounds together."""
@@ -64,7 +64,7 @@ def read_plan(path: str) -> Plan:
         if unknown := values.keys() - ExperimentConfig.model_fields.keys():
             raise UserError(f"{path}: rounds try {min(unknown)}, which is no key of a config")
         counts = [
-            [len(tried) for key, tried in values.items() if model_of_key(key) in (None, model)]
+            [len(tried) for key, tried in values.items() if has_key(model, key)]
             for model in plan.base
         ]
         if any(count != counts[0] or len(count) != 1 for count in counts):

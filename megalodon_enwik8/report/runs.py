@@ -16,7 +16,7 @@ from megalodon_enwik8.config import (
     FREE_KEYS,
     ExperimentConfig,
     bits_per_byte,
-    model_of_key,
+    has_key,
 )
 from megalodon_enwik8.safety import UserError
 
@@ -99,7 +99,7 @@ def _assemble(
     folder: Path, config: dict[str, Any], environment: dict[str, Any], rows: list[dict[str, Any]]
 ) -> Run:
     fields = ExperimentConfig.model_fields
-    own = [name for name in fields if model_of_key(name) in (None, config["model"])]
+    own = [name for name in fields if has_key(config["model"], name)]
     # A key that the schema no longer has means nothing where it is off.
     used = {key: value for key, value in config.items() if key in fields or value}
     config = {**{name: fields[name].default for name in own}, **used}
