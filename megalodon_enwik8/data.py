@@ -10,9 +10,10 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import lzma
 import os
+import socket
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -20,11 +21,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
-from urllib.request import urlopen
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock
 
@@ -182,30 +181,35 @@ def _fetch_enwik8(path: Path) -> None:
             return
         for leftover in path.parent.glob(f".{path.name}.*"):  # of a fetch that was killed
             leftover.unlink()
-        text = _only_member(_download(path.with_name(f"{ENWIK8}.zip"))).read()
+        archive = path.with_name(f".{path.name}.zip")
+        try:
+            _download(archive, path.with_name(f"{ENWIK8}.zip"))
+            with archive.open("rb") as file:
+                text = _only_member(file).read()
+        finally:
+            archive.unlink(missing_ok=True)
         with atomic_write(path) as file:
             # No time inside: equal texts make equal files.
             file.write(gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text)
 
 
-def _download(by_hand: Path) -> IO[bytes]:
-    """enwik8.zip, verified. `by_hand` is where its user may put it instead."""
-    for wait in DOWNLOAD_WAITS_S:
-        time.sleep(wait)
-        data = io.BytesIO()
-        try:
-            with (
-                urlopen(ENWIK8_URL, timeout=DOWNLOAD_STALL_S) as answer,
-                tqdm(unit="B", unit_scale=True, disable=None) as bar,
-            ):
-                while piece := answer.read(_PIECE):
-                    data.write(piece)
-                    bar.update(len(piece))
-            if hashlib.sha256(data.getbuffer()).hexdigest() == ENWIK8_ZIP_SHA256:
-                return data
-            failure: Exception | str = "what came has another SHA-256"
-        except (OSError, HTTPException) as error:
-            failure = error
+def _download(archive: Path, by_hand: Path) -> None:
+    """Put enwik8.zip, verified, at `archive`. `by_hand` is where its user may put it instead."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
+    try:
+        for wait in DOWNLOAD_WAITS_S:
+            time.sleep(wait)
+            try:
+                torch.hub.download_url_to_file(
+                    ENWIK8_URL, str(archive), ENWIK8_ZIP_SHA256, progress=sys.stderr.isatty()
+                )
+                return
+            # RuntimeError: the sum is wrong, as it also is when an answer was cut off.
+            except (OSError, HTTPException, RuntimeError) as error:
+                failure = error
+    finally:
+        socket.setdefaulttimeout(before)
     raise UserError(
         f"cannot fetch {ENWIK8_URL}: {failure}. Get it by other means, put it at {by_hand} and "
         f"set data_path={by_hand}, or run on the sample: data_path=sample"
