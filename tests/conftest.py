@@ -17,6 +17,10 @@ settings.register_profile(
 settings.register_profile("long", settings.get_profile("short"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+# Threads cost tiny models more than they bring; read when torch is first imported, here and in the
+# programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Nothing is looked up on the Hugging Face hub; read when transformers is first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,7 +1,6 @@
 """Long texts: any cut gives the same, the state stays right and small, decoding never ends."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,14 +12,6 @@ from megalodon.ops.timestep_norm import timestep_norm_reference
 
 from .gradients import flatten
 from .models import CHUNK, tiny_model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_text(length: int, rows: int = 1) -> Tensor:

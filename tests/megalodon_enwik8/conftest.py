@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.run_folder import RunFolder
@@ -34,12 +33,6 @@ TINY = {
 }
 
 MakeConfig = Callable[..., ExperimentConfig]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def on_one_thread() -> None:
-    """Threads cost tiny models more than they bring, above all on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -131,8 +124,7 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="session")
 def processes() -> Any:
-    """Starts processes that have torch loaded already, with one thread as here."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """Starts processes that have torch loaded already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megalodon_enwik8.training"])
     return context
