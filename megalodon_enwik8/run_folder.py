@@ -129,6 +129,11 @@ class RunFolder:
         ):
             with atomic_write(self.file(name)) as file:
                 file.write(text.encode())
+        if resumed and before and before.parent != self.path.resolve():
+            # Here too, so that a kill before the next save goes on from there.
+            own = self.file(f"checkpoint_{resumed.step:08d}.pt")
+            with before.open("rb") as source, atomic_write(own) as file:
+                shutil.copyfileobj(source, file)
         self._metrics = self._stack.enter_context(
             self.file("metrics.jsonl").open("a", encoding="utf-8")
         )

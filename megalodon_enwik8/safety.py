@@ -69,7 +69,9 @@ def run_main(
         if error.errno is None:  # not of the system
             raise
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        code = _print_error(f"{where}{os.strerror(error.errno)}: mend that or choose another place")
+        missing = isinstance(error, FileNotFoundError)
+        remedy = "check its name" if missing else "mend that or choose another place"
+        code = _print_error(f"{where}{os.strerror(error.errno)}: {remedy}")
     sys.exit(code)
 
 

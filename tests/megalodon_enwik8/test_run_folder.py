@@ -65,13 +65,16 @@ def test_nothing_is_renamed_before_the_new_run_is_known_to_start(make_tiny: Any)
 
 
 def test_going_back_to_an_older_checkpoint_keeps_the_run_and_ends_the_same(
-    make_tiny: Any, tmp_path: Path
+    make_tiny: Any, tmp_path: Path, crash_in_step: Any
 ) -> None:
     config = make_tiny("llama")
     folder = RunFolder(config.run_dir)
     assert train(config) == 0
     old = files_of(folder.path)
-    assert train(config, resume=folder.file("checkpoint_00000002.pt")) == 0
+    crash_in_step(3)
+    with pytest.raises(Crash):
+        train(config, resume=folder.file("checkpoint_00000002.pt"))
+    assert train(config, resume=NEWEST) == 0
     assert [files_of(aside) for aside in asides(folder.path)] == [old]
     assert [row["step"] for row in read_metrics(folder.file("metrics.jsonl"))] == [*range(7)]
     whole = make_tiny("llama", run_dir=str(tmp_path / "whole"))

@@ -55,7 +55,7 @@ def test_what_train_refuses_is_one_line(
     path = write_config(tmp_path / "x.yaml", make_tiny("llama"))
     cases = {
         (): "--config; see ",
-        ("--config", tmp_path / "none.yaml"): "none.yaml: No such file or directory: mend that",
+        ("--config", tmp_path / "none.yaml"): "none.yaml: No such file or directory: check",
         ("--config", tmp_path): "Is a directory: mend that",
         ("--config", path, "nonsense"): "expected key=value",
         ("--config", path, "seq_lem=8"): "seq_lem: unknown key; did you mean seq_len?",
@@ -191,11 +191,11 @@ def test_what_inference_refuses_is_one_line(
         (): "required: checkpoint",
         (weights, "--prompt", ""): "the prompt from --prompt is empty",
         (weights, "--prompt-file", tmp_path / "empty"): "empty is empty: give at least one byte",
-        (weights, "--prompt-file", tmp_path / "none"): "none: No such file or directory: mend",
+        (weights, "--prompt-file", tmp_path / "none"): "none: No such file or directory: check",
         (weights, "--prompt-file", tmp_path): "Is a directory: mend",
         (weights, *p, "--prompt-file", cut): "not allowed with",
         (weights, *p, "--prompt-len", "9"): "--prompt-len says how much of --prompt-gzip is read",
-        (weights, "--prompt-gzip", tmp_path / "none"): "none: No such file or directory: mend",
+        (weights, "--prompt-gzip", tmp_path / "none"): "none: No such file or directory: check",
         (weights, "--prompt-gzip", cut): "cut.pt: cannot be read: Not a gzipped file",
         (weights, "--prompt-gzip", short): "short.gz: cannot be read: Compressed file ended",
         (weights.parent, *p): "no such checkpoint; ",
