@@ -109,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megalodon_enwik8.generation import ByteStreamer, generate_bytes
     from megalodon_enwik8.models import restore_model
 
-    device = choose_device()
-    model = restore_model(load_checkpoint(Path(options.checkpoint)))
-    model.to(device)  # type: ignore[arg-type]
+    model = restore_model(load_checkpoint(Path(options.checkpoint)), choose_device())
 
     write = partial(print, end="", flush=True)
     began = time.perf_counter()
@@ -138,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 OUT_OF_MEMORY = "give a shorter prompt, or lower --max-length"
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]), OUT_OF_MEMORY)
+    run_main(main, OUT_OF_MEMORY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -50,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 OUT_OF_MEMORY = "lower batch_size and raise grad_accum_every, or set gradient_checkpointing: true"
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]), OUT_OF_MEMORY)
+    run_main(main, OUT_OF_MEMORY)

@@ -24,8 +24,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
-from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock
+from megalodon_enwik8.safety import UserError, atomic_write
 
 ENWIK8 = "enwik8"
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -176,7 +177,7 @@ def _fetch_enwik8(path: Path) -> None:
     A second process waits for the first and then finds the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(path.with_name(f"{ENWIK8}.lock")):
+    with FileLock(path.with_name(f"{ENWIK8}.lock")):
         if path.exists():
             return
         for leftover in path.parent.glob(f".{path.name}.*"):  # of a fetch that was killed

@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -33,14 +32,10 @@ def choose_device() -> torch.device:
     return torch.device(name)
 
 
-Autocast = Literal[True, False, "auto"]
-
-
-def autocast(device: torch.device, enabled: Autocast) -> torch.autocast:
-    """bfloat16 autocast; auto: where it is fast. float16 is not served: it overflows in Megalodon's
-    cumulative norm."""
-    wanted = has_bfloat16(device) if enabled == "auto" else enabled
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+def autocast(device: torch.device, enabled: bool | str) -> torch.autocast:
+    """bfloat16 autocast, once training has chosen what `auto` is. float16 is not served: it
+    overflows in Megalodon's cumulative norm."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled is True)
 
 
 def has_bfloat16(device: torch.device) -> bool:

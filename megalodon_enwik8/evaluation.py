@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +28,7 @@ from megalodon import MegalodonCache
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig, bits_per_byte
 from megalodon_enwik8.data import Bytes, load_corpus, windows_at
-from megalodon_enwik8.device import (
-    Autocast,
-    autocast,
-    choose_device,
-    device_name,
-    peak_memory_bytes,
-)
+from megalodon_enwik8.device import autocast, choose_device, device_name, peak_memory_bytes
 from megalodon_enwik8.distributed import World, join
 from megalodon_enwik8.models import byte_losses, new_state, restore_model
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
@@ -68,7 +61,7 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
 def _losses(
     model: PreTrainedModel,
     batch: torch.Tensor,
-    use_autocast: Autocast,
+    use_autocast: bool | str,
     state: MegalodonCache | None = None,
 ) -> torch.Tensor:
     """The loss of each byte but the first of batch (B, L + 1) int64: float32 (B, L)."""
@@ -130,7 +123,7 @@ def score_windows(
     context: int,
     stride: int,
     starts: Sequence[int] | None = None,
-    use_autocast: Autocast,
+    use_autocast: bool | str,
     progress: bool = False,
     check: Callable[[], None] = nothing,
     world: World | None = None,
@@ -172,7 +165,7 @@ def score_streams(
     *,
     streams: int,
     piece: int,
-    use_autocast: Autocast,
+    use_autocast: bool | str,
     progress: bool = False,
     world: World | None = None,
 ) -> Score:
@@ -253,8 +246,7 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
     path = Path(options.checkpoint)
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
-    model = restore_model(checkpoint)
-    model.to(device)  # type: ignore[arg-type]
+    model = restore_model(checkpoint, device)
     corpus = load_corpus(
         options.data_path or config.data_path,
         options.data_bytes if options.data_path else config.data_bytes,
@@ -321,4 +313,4 @@ def _how_to_read(
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

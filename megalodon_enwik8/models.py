@@ -28,11 +28,14 @@ from megalodon_enwik8.safety import UserError
 COMPILE_PAYS_FLOPS = 1e14
 
 
-def build_model(config: ExperimentConfig) -> PreTrainedModel:
-    """The config's model, float32 on the CPU, its weights a pure function of the seed. Raises
+def build_model(config: ExperimentConfig, device: torch.device | None = None) -> PreTrainedModel:
+    """The config's model in float32, drawn on the CPU, a pure function of the seed. Raises
     UserError for sizes that no such model can have."""
     torch.manual_seed(config.seed)
-    return draw_model(config)
+    model = draw_model(config)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def draw_model(config: ExperimentConfig) -> PreTrainedModel:
@@ -154,9 +157,9 @@ class LayerNormInstead(MegalodonLayerNorm):
         return super().forward(x), state._replace(steps=steps)
 
 
-def restore_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model that a checkpoint holds, on the CPU, in evaluation mode."""
-    model = build_model(checkpoint.config)
+def restore_model(checkpoint: Checkpoint, device: torch.device | None = None) -> PreTrainedModel:
+    """The model that a checkpoint holds, in evaluation mode."""
+    model = build_model(checkpoint.config, device)
     load_weights(model, checkpoint)
     return model.eval()
 

@@ -1,6 +1,6 @@
 """Whether a model remembers: both learn to say a key's value again, after a gap:
 
-python -m megalodon_enwik8.recall runs/recall.json [KEY=VALUE ...]
+python -m megalodon_enwik8.recall runs/recall.jsonl [KEY=VALUE ...]
 
 Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927). A sequence is PAIRS keys, each
 with a value behind it, a gap of other tokens, and the keys in another order, each with its value.
@@ -12,9 +12,7 @@ optimizer; a model that lacks it takes no part. All in float32.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +31,8 @@ from megalodon_enwik8.config import (
 )
 from megalodon_enwik8.device import choose_device, device_name
 from megalodon_enwik8.models import build_model, byte_losses, count_parameters
-from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
+from megalodon_enwik8.safety import Parser, UserError, run_main, whole_number
+from megalodon_enwik8.search import read_results
 from megalodon_enwik8.training import derive_seed, make_optimizer
 
 KEYS, VALUES, OTHERS = 16, 16, 128  # token ids, in this order
@@ -101,8 +100,7 @@ def config_of(
 
 def train(config: ExperimentConfig, sequences: int, device: torch.device) -> PreTrainedModel:
     """A model that has learned for `num_batches` steps of so many sequences."""
-    model = build_model(config)
-    model.to(device)  # type: ignore[arg-type]
+    model = build_model(config, device)
     optimizer = make_optimizer(model.train(), config)
     steps = config.num_batches
     for step in tqdm(range(steps), unit="step", disable=None):
@@ -140,22 +138,12 @@ def probe(
         for rate in RATES
         for model in models
     ]
-    measured: dict[str, Any] = {"steps": steps, "sequences": sequences, "chunk": CHUNK}
-    measured |= {"given": given, "rows": []}
-    if out.exists():
-        try:
-            before = json.loads(out.read_text())
-        except ValueError:
-            raise UserError(f"{out}: holds something else: name another file") from None
-        if {**before, "rows": []} != measured:
-            raise UserError(
-                f"{out}: was made with other steps, sequences or keys: name another file"
-            )
-        measured = before
+    rows = read_results(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for config in configs:
         key = {name: getattr(config, name) for name in ("model", "learning_rate", "seed")}
-        if any(row | key == row for row in measured["rows"]):
+        key |= {"steps": steps, "sequences": sequences, "chunk": CHUNK, "given": given}
+        if any(row | key == row for row in rows):
             continue
         began = time.perf_counter()
         model = train(config, sequences, device)
@@ -167,22 +155,17 @@ def probe(
             "device": device_name(device),
             "torch": torch.__version__,
         }
-        measured["rows"].append(row)
-        with atomic_write(out) as file:
-            file.write((json.dumps(measured, indent=2) + "\n").encode())
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         said = ", ".join(f"{gap}: {share:.2f}" for gap, share in row["accuracy"].items())
         told = f"{config.model}, {config.learning_rate:g}, seed {config.seed}"
         print(f"{told}: right after a gap of {said}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m megalodon_enwik8.recall",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "python -m megalodon_enwik8.recall")
     count = whole_number(1)
-    parser.add_argument("out", metavar="FILE", help="for the figures, a .json; is gone on with")
+    parser.add_argument("out", metavar="FILE", help="a .jsonl for the figures; is gone on with")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", nargs="+", type=count, default=[7, 8, 9], help="(7 8 9)")
     parser.add_argument("--steps", type=count, default=800, help="(%(default)s)")
@@ -194,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

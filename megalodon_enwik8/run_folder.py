@@ -22,11 +22,13 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from megalodon_enwik8.config import ExperimentConfig
-from megalodon_enwik8.safety import UserError, atomic_write, exclusive_lock
+from megalodon_enwik8.safety import UserError, atomic_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +44,6 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._stack = ExitStack()  # closes what is open when the process is done with the folder
-        self._metrics: IO[str] | None = None
         self._board: SummaryWriter | None = None
 
     @contextmanager
@@ -54,7 +55,12 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self._stack:
-            self._stack.enter_context(exclusive_lock(self.file(".lock"), blocking=False))
+            try:  # the operating system releases it when its holder dies, however it dies
+                self._stack.enter_context(FileLock(self.file(".lock"), blocking=False))
+            except Timeout:
+                raise UserError(
+                    f"{self.path} is in use by another process: wait for it or stop it"
+                ) from None
             for leftover in self.path.glob(".*.writing"):  # of a process that was killed
                 leftover.unlink()
             if self.holds_a_run() and not may_hold_a_run:
@@ -99,7 +105,7 @@ class RunFolder:
     def begin(
         self, config: ExperimentConfig, environment: dict[str, Any], resumed: Checkpoint | None
     ) -> None:
-        """Write what the run is, and open metrics.jsonl for the rows that follow.
+        """Write what the run is, and the rows before.
 
         environment: for environment.json, with this session as the last. resumed: what the run
         goes on from, whose folder has the rows and sessions before; None starts afresh.
@@ -134,9 +140,6 @@ class RunFolder:
             own = self.file(f"checkpoint_{resumed.step:08d}.pt")
             with before.open("rb") as source, atomic_write(own) as file:
                 shutil.copyfileobj(source, file)
-        self._metrics = self._stack.enter_context(
-            self.file("metrics.jsonl").open("a", encoding="utf-8")
-        )
         if config.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -153,15 +156,14 @@ class RunFolder:
         aside = path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
         path.rename(aside)
         path.mkdir()
-        self._stack.enter_context(exclusive_lock(path / ".lock", blocking=False))
+        self._stack.enter_context(FileLock(path / ".lock", blocking=False))
         print(f"what was there is now {aside}", flush=True)
         return aside
 
     def log(self, row: Row) -> None:
         """Append one line to metrics.jsonl, and show it on the board if there is one."""
-        assert self._metrics is not None
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        with self.file("metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         self._show(row)
 
     def _show(self, row: Row) -> None:
@@ -177,8 +179,8 @@ class RunFolder:
     def save(self, name: str, checkpoint: Checkpoint, keep_last: int | None = None) -> None:
         """Save a checkpoint; what metrics.jsonl holds by then is on the disk before it. Of those to
         resume from, the last `keep_last` are kept."""
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+        with self.file("metrics.jsonl").open("a") as file:
+            os.fsync(file.fileno())
         save_checkpoint(self.file(name), checkpoint)
         if keep_last is not None:
             for old in self.checkpoints()[:-keep_last]:

@@ -18,8 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from filelock import FileLock, Timeout
-
 
 class UserError(Exception):
     """A user's mistake. The message is one line that names the thing and the remedy."""
@@ -103,7 +101,12 @@ def _print_error(message: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises UserError, without the usage that argparse prints first."""
+    """ArgumentParser that raises UserError, without the usage that argparse prints first, and shows
+    its description as it is written."""
+
+    def __init__(self, description: str, prog: str | None = None) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=raw)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -154,20 +157,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-@contextmanager
-def exclusive_lock(path: Path, *, blocking: bool = True) -> Iterator[None]:
-    """Hold the lock file `path` (created if need be) while the block runs. The operating system
-    releases it when its holder dies, however it dies. Raises UserError if another process holds
-    it and `blocking` is false."""
-    try:
-        with FileLock(path, blocking=blocking):
-            yield
-    except Timeout:
-        raise UserError(
-            f"{path.parent} is in use by another process: wait for it or stop it"
-        ) from None
 
 
 _HANG_UP = getattr(signal, "SIGHUP", None)  # a closed terminal; not on Windows

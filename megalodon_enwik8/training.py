@@ -15,7 +15,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,10 +92,9 @@ def _train(
     if found is not None:
         check_resumable(found, config)
     corpus = load_corpus(config.data_path, config.data_bytes)
-    model = build_model(config)
+    model = build_model(config, world.device)
     if found is not None:
         load_weights(model, found)
-    model.to(world.device)  # type: ignore[arg-type]
     compiled = compile_layers(model, config)
     trainer = Trainer(config, folder, corpus, model, world)
     if found is not None:
@@ -224,9 +223,9 @@ class Trainer:
                 while self.step < config.num_batches:
                     row: Row = {"step": self.step}
                     if _due(self.step, config.validate_every):
-                        row |= self.validate(bar)
+                        row |= self.validate()
                     if self.step > 0 and _due(self.step, config.generate_every):
-                        row |= self.sample(bar)
+                        row |= self.sample()
                     self.check()
                     row |= self.train_one_step()
                     self.log(row)
@@ -235,7 +234,7 @@ class Trainer:
                     self.check()
                     bar.set_postfix(bpc=row["train_bpc"], refresh=False)
                     bar.update()
-                self.finish(bar)
+                self.finish()
                 return 0
             except Stopped as stopped:  # the resumed run does what this one was about to do
                 if self.step < config.num_batches:
@@ -288,7 +287,7 @@ class Trainer:
             **self.counts(),
         }
 
-    def validate(self, bar: tqdm[NoReturn]) -> Row:
+    def validate(self) -> Row:
         """The loss on the fixed windows; keeps the weights if they are the best so far."""
         loss = self.score(self.validated)
         if not math.isfinite(loss):
@@ -300,9 +299,8 @@ class Trainer:
             self.save("best.pt", with_optimizer=False)
         row = {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
         _say(
-            bar,
             f"step {self.step}: validation loss {loss:.4f}, {row['val_bpc']:.4f} BPC "
-            f"({self.progress.seconds:.0f} s of training)",
+            f"({self.progress.seconds:.0f} s of training)"
         )
         return row
 
@@ -320,7 +318,7 @@ class Trainer:
             world=self.world,
         ).loss
 
-    def sample(self, bar: tqdm[NoReturn]) -> Row:
+    def sample(self) -> Row:
         """The validation split's first bytes as a prompt, and what the model makes of them."""
         config = self.config
         prompt = self.corpus.val[: config.generate_prompt_len].tobytes()
@@ -334,22 +332,22 @@ class Trainer:
             check=self.check,
         )
         text = PrintableDecoder().decode(prompt + made, final=True)
-        _say(bar, f"step {self.step}, a sample:\n{text}\n")
+        _say(f"step {self.step}, a sample:\n{text}\n")
         return {"sample": text}
 
-    def finish(self, bar: tqdm[NoReturn]) -> None:
+    def finish(self) -> None:
         """Save final.pt, validate on the windows and the whole split, and show a sample."""
         self.save("final.pt", with_optimizer=False)
-        row: Row = {"step": self.step, **self.validate(bar)}
+        row: Row = {"step": self.step, **self.validate()}
         if self.config.full_validation:
             loss = self.score()
             row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
-            _say(bar, f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
+            _say(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
         if self.config.generate_every:
-            row |= self.sample(bar)
+            row |= self.sample()
         self.check()
         self.log({**row, **self.counts()})
-        _say(bar, f"final weights: {self.folder.file('final.pt')}")
+        _say(f"final weights: {self.folder.file('final.pt')}")
 
     def counts(self) -> Row:
         return {
@@ -478,10 +476,10 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _say(bar: tqdm[NoReturn], text: str) -> None:
+def _say(text: str) -> None:
     """Print above the bar, at once: a log file may be all that is left of a killed run."""
     try:
-        bar.write(text)
+        tqdm.write(text)
         sys.stdout.flush()
     except OSError as error:
         if error.errno != errno.EIO:  # a terminal closed: its signal is heard where all is saved

@@ -15,10 +15,8 @@ fresh process, the models take turns, and what counts are ratios of what ran nex
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,11 +116,7 @@ def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m megalodon_enwik8.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "python -m megalodon_enwik8.benchmark")
     parser.add_argument("command", choices=[*COMMANDS, "task"], metavar="COMMAND")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     count = whole_number(1)
@@ -146,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

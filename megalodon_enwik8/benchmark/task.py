@@ -149,7 +149,7 @@ def _steps(task: Task, device: torch.device) -> Figures:
     steps, products = [], []
     for name in MODELS:
         config = task.config(name)
-        model = _build(config, device)
+        model = build_model(config, device)
         steps.append(_stepper(model, config))
         products.append(_matrix_products(model, config))
     # In this order the steps are next to each other, and each is next to its products.
@@ -179,7 +179,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def _first(task: Task, device: torch.device) -> Figures:
     """In a fresh process."""
     config = task.config(task.model)
-    seconds = _seconds(_stepper(_build(config, device), config), device)
+    seconds = _seconds(_stepper(build_model(config, device), config), device)
     if task.kind == "second":
         return {task.model: {"the second time, s": seconds}}
     return {task.model: {"first step, s": seconds, **_peak(device)}}
@@ -188,7 +188,7 @@ def _first(task: Task, device: torch.device) -> Figures:
 def _train(task: Task, device: torch.device) -> Figures:
     """The fastest step: a machine's other work can only make one slower."""
     config = task.config(task.model)
-    seconds = min(_repeat(_stepper(_build(config, device), config), task, device))
+    seconds = min(_repeat(_stepper(build_model(config, device), config), task, device))
     return {task.model: {"bytes/s": config.tokens_per_step / seconds, **_peak(device)}}
 
 
@@ -204,7 +204,7 @@ def _scale(task: Task, device: torch.device) -> Figures:
     with join(device) as every:
 
         def whole_step(world: World) -> Step:
-            step = _stepper(_build(config, device), config, world)
+            step = _stepper(build_model(config, device), config, world)
 
             def function() -> None:
                 if world.size > 1 or every.is_main:  # who waits computes nothing
@@ -235,7 +235,7 @@ def _scale(task: Task, device: torch.device) -> Figures:
 def _decode(task: Task, device: torch.device) -> Figures:
     """Reading a prompt and writing greedily, in float32 as inference.py does, one row."""
     config = task.config(task.model)
-    model = _build(config, device).eval()
+    model = build_model(config, device).eval()
     prompt = torch.randint(256, (1, config.seq_len), device=device)
     token = prompt[:, -1:]
     cache: Any = None
@@ -275,7 +275,7 @@ def _count(task: Task, device: torch.device) -> Figures:
     """Of a block, forward and backward, and of a whole step; the block's also by name."""
     with as_on_a_gpu():
         config = task.config(task.model)
-        step = _stepper(_build(config, device), config)
+        step = _stepper(build_model(config, device), config)
         step()  # makes the optimizer's moments
         with Operations() as whole:
             step()
@@ -333,12 +333,6 @@ def _passes(task: Task) -> tuple[Step, Step]:
     backward()
     model.zero_grad()
     return forward, backward
-
-
-def _build(config: ExperimentConfig, device: torch.device) -> PreTrainedModel:
-    model = build_model(config)
-    model.to(device)  # type: ignore[arg-type]
-    return model
 
 
 def _stepper(model: PreTrainedModel, config: ExperimentConfig, world: World | None = None) -> Step:

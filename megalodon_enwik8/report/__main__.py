@@ -16,7 +16,7 @@ from the page's folder, several with spaces between; a GROUP is of runs that dif
   measured: FILE                    what a benchmark measured
   scaling: FLOPS BYTES SHARE        for a device: flop/s, bytes/s sent, share of the time to send
   curves: SVG | RUNS                contexts: SVG | context.json   distances: SVG | EVALUATIONS
-  recall: SVG | recall.json
+  recall: SVG | recall.jsonl
 
 With | train.json at their end (in a command, --timing), compare, headline and curves take seconds
 and memory from what `benchmark train` measured. Without it there are no seconds: a run's own clock
@@ -25,10 +25,8 @@ has in it what else the machine did.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,11 +152,7 @@ def fill(pages: Sequence[Path], *, check: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m megalodon_enwik8.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "python -m megalodon_enwik8.report")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder, or a glob")
     parser.add_argument("--picture", metavar="FILE", help="for the curves: .png, .svg, .pdf")
     parser.add_argument("--timing", metavar="FILE", help="of `benchmark train`: seconds, memory")
@@ -184,4 +178,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

@@ -153,12 +153,12 @@ def draw_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (axes,) = new_figure(1, 1, 4)
     figure.set_label("Values recalled by their keys, against the gap between")
     found: dict[str, dict[float, list[list[float]]]] = {}
-    for measured in results:
-        for row in measured["rows"]:
-            given = [f"{key} {value}" for key, value in measured["given"].items()]
-            rates = found.setdefault(", ".join([row["model"].title(), *given]), {})
-            rates.setdefault(row["learning_rate"], []).append(list(row["accuracy"].values()))
-            gaps = [int(gap) for gap in row["accuracy"]]
+    for row in results:
+        made = {"steps": row["steps"], "of": row["sequences"], **row["given"]}
+        name = ", ".join([row["model"].title(), *(f"{key} {made[key]}" for key in made)])
+        rates = found.setdefault(name, {})
+        rates.setdefault(row["learning_rate"], []).append(list(row["accuracy"].values()))
+        gaps = [int(gap) for gap in row["accuracy"]]
     for (name, rates), color in zip(found.items(), COLORS, strict=False):
         rate, seeds = max(rates.items(), key=lambda found: np.mean(found[1]))
         if len(seeds) > 1:

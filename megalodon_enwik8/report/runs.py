@@ -139,19 +139,15 @@ def find_groups(patterns: Iterable[str], root: Path = Path()) -> list[Group]:
 
     Raises UserError for a glob that matches nothing, and two runs of one recipe and seed.
     """
-    groups: list[dict[int, Run]] = []
+    groups: dict[str, dict[int, Run]] = {}
     for folder in dict.fromkeys(path for pattern in patterns for path in match(pattern, root)):
         run = replace(read_run(root / folder), path=Path(folder))
-        for group in groups:
-            if next(iter(group.values())).recipe == run.recipe:
-                break
-        else:
-            groups.append(group := {})
+        group = groups.setdefault(json.dumps(run.recipe, sort_keys=True), {})
         if run.seed in group:
             twin = group[run.seed].path
             raise UserError(f"{twin} and {run.path}: the same recipe and seed {run.seed} twice")
         group[run.seed] = run
-    return [tuple(group[seed] for seed in sorted(group)) for group in groups]
+    return [tuple(group[seed] for seed in sorted(group)) for group in groups.values()]
 
 
 def match(pattern: str, root: Path) -> list[str]:

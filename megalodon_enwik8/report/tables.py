@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from megalodon_enwik8.config import bits_per_byte
 from megalodon_enwik8.report.runs import (
     Group,
@@ -16,7 +18,6 @@ from megalodon_enwik8.report.runs import (
     group_names,
     timed,
 )
-from megalodon_enwik8.report.statistics import estimate, first_reach, loss_after, paired
 from megalodon_enwik8.safety import UserError
 
 NONE = "–"
@@ -40,11 +41,22 @@ def signed(value: float, digits: int) -> str:
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation, which a number that is always the same has not."""
-    found = estimate(values)
-    if math.isnan(found.mean):
+    mean, deviation = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+    if math.isnan(mean):
         return NONE
-    text = f"{found.mean:,.{digits}f}"
-    return f"{text} ± {found.deviation:,.{digits}f}" if found.deviation > 0 else text
+    text = f"{mean:,.{digits}f}"
+    return f"{text} ± {deviation:,.{digits}f}" if deviation > 0 else text
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the mean's 95 % interval, by Student's t; nan for one value."""
+    if len(values) == 1:
+        return math.nan
+    try:  # here, since tables of benchmarks do without
+        from scipy.stats import sem, t  # type: ignore[import-untyped]
+    except ImportError:
+        raise UserError('intervals need scipy: pip install -e ".[report]"') from None
+    return float(t.ppf(0.975, len(values) - 1) * sem(values))
 
 
 # Tables of runs
@@ -115,13 +127,12 @@ def cell(group: Group, quantity: Quantity, digits: int) -> str:
 
 def gap_cells(ours: Group, theirs: Group, quantity: Quantity, digits: int) -> list[str]:
     """The difference, its interval, and the difference in percent of theirs."""
-    a, b = ([quantity(run) for run in group] for group in (ours, theirs))
-    gap = paired(a, b)
-    if math.isnan(gap.mean):
+    a, b = (np.array([quantity(run) for run in group]) for group in (ours, theirs))
+    gap, half = float(np.mean(a - b)), half_width(a - b)
+    if math.isnan(gap):
         return [NONE] * 3
-    low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
-    sure = f"{signed(low, digits)} to {signed(high, digits)}" if low < high else NONE
-    return [signed(gap.mean, digits), sure, f"{signed(100 * gap.mean / estimate(b).mean, 2)} %"]
+    sure = f"{signed(gap - half, digits)} to {signed(gap + half, digits)}" if half > 0 else NONE
+    return [signed(gap, digits), sure, f"{signed(100 * gap / np.mean(b), 2)} %"]
 
 
 def row(title: str, ours: Group, theirs: Group, quantity: Quantity, digits: int) -> list[str]:
@@ -156,6 +167,21 @@ def same_seconds(title: str, pair: tuple[Group, Group]) -> list[str]:
     """BPC after as much training as the faster group took."""
     ends = [run.timing.seconds(run.steps) for group in pair for run in group if run.timing]
     return row(f"{title} after {min(ends):,.0f} s of training", *pair, bpc_after(min(ends)), 4)
+
+
+def loss_after(losses: Mapping[int, float], steps: float) -> float:
+    """On the straight line between two validations; beyond the ends, theirs."""
+    return float(np.interp(steps, list(losses), list(losses.values())))
+
+
+def first_reach(losses: Mapping[int, float], loss: float) -> float | None:
+    """Steps after which the loss is first as low as `loss`; None if it never is."""
+    steps = list(losses)
+    after = next((i for i, step in enumerate(steps) if losses[step] <= loss), None)
+    if after is None:
+        return None
+    ends = [steps[after], steps[max(0, after - 1)]]
+    return float(np.interp(loss, [losses[step] for step in ends], ends))
 
 
 def _reach(unit: str, ours: Group, theirs: Group) -> str:
@@ -257,35 +283,20 @@ def measured_tables(measured: Mapping[str, Any]) -> str:
         rows = [row for row in measured["rows"] if row["kind"] == kind]
         settings = [key for key, value in rows[0].items() if not isinstance(value, dict)]
         varied = [key for key in settings if len({repr(row[key]) for row in rows}) > 1]
-        lines = [
-            ([_shown(row[key]) for key in varied], name, figures)
-            for row in rows
-            for name, figures in row.items()
-            if isinstance(figures, dict)
-        ]
-        found = [(row, name, figures) for row, name, figures in lines if name != "failed"]
-        titles = dict.fromkeys(
-            title
-            for *_, figures in found
-            for title, figure in figures.items()
-            if not isinstance(figure, dict)
-        )
-        parts += [
-            _said({key: rows[0][key] for key in settings if key not in varied}),
-            table(
-                [*varied, "of", *titles],
-                [
-                    [*row, name, *(_shown(figures.get(title)) for title in titles)]
-                    for row, name, figures in found
-                ],
-            ),
-            *(
-                f"Given up: {', '.join([*row, what])}: {reason}."
-                for row, name, figures in lines
-                if name == "failed"
-                for what, reason in figures.items()
-            ),
-        ]
+        lines: list[dict[str, Any]] = []
+        given_up: list[str] = []
+        for row in rows:
+            shown = [_shown(row[key]) for key in varied]
+            for what, reason in row.get("failed", {}).items():
+                given_up.append(f"Given up: {', '.join([*shown, what])}: {reason}.")
+            for name in row:
+                if name not in ("failed", *settings):
+                    lines.append({key: row[key] for key in varied} | {"of": name} | row[name])
+        titles = dict.fromkeys([*varied, "of", *(title for line in lines for title in line)])
+        titles.pop("by_name", None)
+        cells = [[_shown(line.get(title)) for title in titles] for line in lines]
+        said = {key: rows[0][key] for key in settings if key not in varied}
+        parts += [_said(said), table([*titles], cells), *given_up]
     return "\n\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
-from megalodon_enwik8.safety import UserError, exclusive_lock
+from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 
 from .endings import Crash, assert_same_ending, checkpoints_of, ending
@@ -142,14 +143,24 @@ def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(
     assert_same_ending(config, whole)
 
 
-def test_two_processes_cannot_share_a_folder(make_tiny: Any) -> None:
-    config = make_tiny("llama")
-    Path(config.run_dir).mkdir()
-    with (
-        exclusive_lock(Path(config.run_dir) / ".lock"),
-        pytest.raises(UserError, match="is in use by another process"),
-    ):
+def hold(path: str, events: Any) -> None:
+    with RunFolder(path).held(may_hold_a_run=False):
+        events.put("held")
+        time.sleep(600)
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use_until_its_holder_dies(
+    make_tiny: Any, processes: Any
+) -> None:
+    config, events = make_tiny("llama"), processes.Queue()
+    holder = processes.Process(target=hold, args=(config.run_dir, events))
+    holder.start()
+    assert events.get(timeout=300) == "held"
+    with pytest.raises(UserError, match=f"{config.run_dir} is in use by another process: "):
         train(config)
+    holder.kill()
+    holder.join()
+    assert train(config) == 0
 
 
 def test_a_folder_that_cannot_be_made_is_named(make_tiny: Any, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from megalodon_enwik8.safety import (
     StopRequest,
     UserError,
     atomic_write,
-    exclusive_lock,
     run_main,
 )
 
@@ -130,43 +129,6 @@ def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     )
     writer.communicate()
     assert path.read_bytes() == b"old"
-
-
-HOLDER = """
-    import sys
-    from pathlib import Path
-    from megalodon_enwik8.safety import exclusive_lock
-    with exclusive_lock(Path({path!r})):
-        print("held", flush=True)
-        sys.stdin.read()
-"""
-
-
-def test_a_second_process_is_told_that_the_folder_is_in_use_until_its_holder_dies(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "run.lock"
-    holder = python(HOLDER.format(path=str(path)))
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(UserError, match=f"{tmp_path} is in use by another process: "),
-        exclusive_lock(path, blocking=False),
-    ):
-        pass
-    holder.kill()
-    holder.communicate()
-    with exclusive_lock(path, blocking=False):
-        pass
-
-
-def test_blocking_lock_waits_for_its_holder(tmp_path: Path) -> None:
-    path = tmp_path / "run.lock"
-    with exclusive_lock(path):
-        waiter = python(HOLDER.format(path=str(path)))
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiter.wait(0.5)
-    assert waiter.communicate("")[0] == "held\n"
 
 
 @pytest.mark.parametrize(

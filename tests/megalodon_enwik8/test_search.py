@@ -115,6 +115,6 @@ def test_the_committed_plan_is_one_and_its_runs_are_of_it() -> None:
 
 def test_another_file_is_not_written_to(make_plan: MakePlan, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("my notes\n")
-    with pytest.raises(UserError, match="is not the output of a search"):
+    with pytest.raises(UserError, match="is not what this writes; name"):
         run(make_plan(), tmp_path)
     assert (tmp_path / "out.jsonl").read_text() == "my notes\n"
