@@ -171,11 +171,3 @@ def test_the_last_logits_of_a_long_text_are_those_of_the_float64_reference(
     torch.testing.assert_close(exact, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-3)
     assert expected.std() > 0.1
-
-
-@pytest.mark.slow  # a million tokens in float64 as well
-def test_the_last_logits_of_a_million_tokens_through_two_layers_are_those_of_float64() -> None:
-    model, text = tiny_model(), make_text(MILLION)
-    logits, _ = stream(model, text, cut(MILLION, 4096))
-    exact, _ = stream(model.double(), text, cut(MILLION, 50_000))
-    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-3)
