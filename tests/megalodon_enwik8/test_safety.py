@@ -160,15 +160,6 @@ def test_a_second_process_is_told_that_the_folder_is_in_use_until_its_holder_die
         pass
 
 
-def test_blocking_lock_waits_for_its_holder(tmp_path: Path) -> None:
-    path = tmp_path / "run.lock"
-    with exclusive_lock(path):
-        waiter = python(HOLDER.format(path=str(path)))
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiter.wait(0.5)
-    assert waiter.communicate("")[0] == "held\n"
-
-
 @pytest.mark.parametrize(
     ("outcome", "code", "message"),
     [
