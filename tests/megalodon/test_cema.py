@@ -163,15 +163,23 @@ def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) 
         assert error < 0.0068
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_compiler_is_told_the_truth_about_the_operation(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("length", "dtype", "has_state", "has_documents"),
+    [
+        (7, torch.float32, True, False),
+        (GROUP * BLOCK + 3, torch.float32, False, False),
+        (7, torch.float64, False, False),
+        (GROUP * BLOCK + 3, torch.float64, True, True),
+    ],
+)
+def test_the_compiler_is_told_the_truth_about_the_operation(
+    length: int, dtype: torch.dtype, has_state: bool, has_documents: bool
+) -> None:
     """Shapes, strides and gradients that torch.compile works with."""
     c = cema_coefficients(*parameters(3, 4, dtype))
     coefficients = [t.detach().contiguous().requires_grad_() for t in c]
-    for length in (7, GROUP * BLOCK + 3):
-        x = torch.randn(2, length, 3, dtype=dtype, requires_grad=True)
-        state = torch.randn(2, 3, 4, 2, dtype=dtype, requires_grad=True)
-        block = min(BLOCK, length)
-        document = (torch.rand(2, -(-length // block)) < 0.3).cumsum(1)
-        for given in ((state, None), (None, None), (state, document)):
-            torch.library.opcheck(_cema_blocks, (x, coefficients, *given, block))
+    x = torch.randn(2, length, 3, dtype=dtype, requires_grad=True)
+    state = torch.randn(2, 3, 4, 2, dtype=dtype, requires_grad=True) if has_state else None
+    block = min(BLOCK, length)
+    document = (torch.rand(2, -(-length // block)) < 0.3).cumsum(1) if has_documents else None
+    torch.library.opcheck(_cema_blocks, (x, coefficients, state, document, block))

@@ -71,7 +71,7 @@ def test_what_train_refuses_is_one_line(
 def test_running_out_of_memory_says_what_to_lower(
     make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_tiny("llama", dim=2**20, heads=1)  # matrices of terabytes
+    config = make_tiny("llama", num_tokens=2**20, dim=2**20, heads=1)  # an embedding of terabytes
     path = write_config(tmp_path / "x.yaml", config)
     assert "out of memory: lower batch_size and" in refused(capfd, train.main, "--config", path)
 
@@ -93,6 +93,8 @@ def test_published_files_train_at_their_width(
         "val_batches=1",
         "full_validation=false",
         "generate_length=4",
+        "use_autocast=false",
+        "seq_len=64",
     )
     assert run(train.main, "--config", path, *overrides) == 0
     assert "step 2: validation loss" in capfd.readouterr().out
