@@ -26,10 +26,6 @@ FAMILY: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
-def test_the_default_is_mega200m() -> None:
-    assert MegalodonConfig().to_dict() == MegalodonConfig.mega200m().to_dict()
-
-
 def test_the_7b_setup_is_that_of_the_paper() -> None:
     assert MegalodonConfig.from_7b_setup().to_dict() == MegalodonConfig.mega7_3b().to_dict()
 

@@ -36,19 +36,6 @@ def test_there_and_back_is_the_same_model(options: dict[str, Any]) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_other_way_round_as_well(options: dict[str, Any]) -> None:
-    config = tiny_config(**options)
-    released = to_released(MegalodonForCausalLM(config).state_dict(), config)
-    released = {
-        key: value if "prior" in key or "rope" in key else torch.randn(value.shape)
-        for key, value in released.items()
-    }
-    back = to_released(from_released(released, config), config)
-    assert back.keys() == released.keys()
-    assert all(torch.equal(back[key], released[key]) for key in released)
-
-
 @pytest.mark.parametrize("name", ["mega200m", "mega1_3b", "mega1_3b_pg19", "mega7_1b", "mega7_3b"])
 def test_the_table_covers_the_released_models(name: str) -> None:
     config = getattr(MegalodonConfig, name)(num_layers=1)
@@ -115,17 +102,8 @@ def test_every_problem_is_named_in_one_error() -> None:
     assert "layers.1.mega.wz.bias is absent, must be (16,)" in message
     assert "layers.0.nffn.fc1.weight is (32, 40), must be (40, 32)" in message
     assert "embed.weight is (300, 32), must be (256, 32)" in message
-
-
-@pytest.mark.parametrize("option", ["swiglu", "output_ffn_bias", "rescale_nffn", "num_layers"])
-def test_weights_of_another_config_are_refused(option: str) -> None:
-    model = tiny_model()
-    value = 3 if option == "num_layers" else not getattr(model.config, option)
-    other = tiny_config(**{option: value})
-    with pytest.raises(ValueError, match="absent"):
-        from_released(to_released(model.state_dict(), model.config), other)
-    with pytest.raises(ValueError, match="absent"):
-        to_released(model.state_dict(), other)
+    with pytest.raises(ValueError, match=r"layers\.2\.\S+ is absent"):
+        to_released(model.state_dict(), tiny_config(num_layers=3))
 
 
 def test_constants_are_written_and_held_to_those_of_this_model() -> None:

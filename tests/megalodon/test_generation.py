@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
-from transformers.generation.streamers import BaseStreamer
+from transformers import TextStreamer
 
 from megalodon import MegalodonCache, MegalodonForCausalLM, MegalodonTokenizer
 from megalodon.compat import CACHE_NAME
@@ -42,9 +41,8 @@ def step_logits(model: MegalodonForCausalLM, sequence: Tensor, prompt_length: in
 
 
 @torch.no_grad()
-def test_cached_logits_equal_uncached_for_splits_everywhere_around_two_chunk_borders(
-    model: MegalodonForCausalLM,
-) -> None:
+def test_cached_logits_equal_uncached_for_splits_everywhere_around_two_chunk_borders() -> None:
+    model = tiny_model().double()
     ids = torch.randint(0, 256, (2, 3 * CHUNK + 1))
     whole = model(ids, use_cache=False).logits
     for cut in range(1, 3 * CHUNK + 1):
@@ -53,7 +51,7 @@ def test_cached_logits_equal_uncached_for_splits_everywhere_around_two_chunk_bor
         steps = [model(token, cache=first.cache).logits for token in ids[:, cut:].split(1, dim=1)]
         for logits in (rest, torch.cat(steps, dim=1)):
             found = torch.cat([first.logits, logits], dim=1)
-            torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -74,36 +72,24 @@ def test_greedy_takes_the_likeliest_token(
         {"top_k": 5},
         {"top_p": 0.3, "top_k": 0},
         {"min_p": 0.3, "top_k": 0},
-        {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+        {"num_return_sequences": 3},
+        {"do_sample": False, "repetition_penalty": 3.0},
     ],
     ids=str,
 )
-def test_sampling_draws_from_what_it_should(
-    model: MegalodonForCausalLM, prompt: Tensor, options: dict[str, float]
+def test_every_mode_gives_the_same_without_the_state(
+    model: MegalodonForCausalLM, prompt: Tensor, options: dict[str, Any]
 ) -> None:
+    options = {"max_new_tokens": NEW, "do_sample": True, **options}
     outputs = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        outputs.append(
-            model.generate(
-                prompt, max_new_tokens=NEW, do_sample=True, use_cache=use_cache, **options
-            )
-        )
+        outputs.append(model.generate(prompt, use_cache=use_cache, **options))
     assert torch.equal(outputs[0], outputs[1])
-    logits = step_logits(model, outputs[0], prompt.shape[1]) / options.get("temperature", 1.0)
-    drawn = outputs[0][:, prompt.shape[1] :]
-    p = logits.softmax(-1)
-    p_drawn = p.take_along_dim(drawn.unsqueeze(-1), -1)
-    likelier = p > p_drawn
-    if options.get("top_k"):
-        assert (likelier.sum(-1) < options["top_k"]).all()
-    if "top_p" in options:
-        assert ((p * likelier).sum(-1) < options["top_p"]).all()
-    if "min_p" in options:
-        assert (p_drawn.squeeze(-1) >= options["min_p"] * p.amax(-1) * (1 - 1e-4)).all()
-    torch.manual_seed(1)
-    other = model.generate(prompt, max_new_tokens=NEW, do_sample=True, **options)
-    assert not torch.equal(other, outputs[0])
+    assert len(outputs[0]) == 2 * options.get("num_return_sequences", 1)
+    plain = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+    for row in outputs[0]:
+        assert not (row == plain).all(-1).any()
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -142,63 +128,9 @@ def test_beams_reorder_the_state(
             torch.testing.assert_close(cached.sequences_scores[i], total / NEW, rtol=0, atol=1e-5)
 
 
-def test_repetition_penalty_makes_seen_tokens_less_likely(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
-    penalty = 3.0
-    output = model.generate(prompt, max_new_tokens=NEW, do_sample=False, repetition_penalty=penalty)
-    logits = step_logits(model, output, prompt.shape[1])
-    for t in range(NEW):
-        before = output[:, : prompt.shape[1] + t]
-        seen = torch.zeros(2, 256, dtype=torch.bool).scatter(1, before, True)
-        weaker = torch.where(logits[:, t] > 0, logits[:, t] / penalty, logits[:, t] * penalty)
-        expected = torch.where(seen, weaker, logits[:, t]).argmax(-1)
-        assert torch.equal(output[:, prompt.shape[1] + t], expected)
-    plain = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
-    assert not torch.equal(plain, output)
-
-
-def test_several_sequences_from_one_prompt_differ(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
-    torch.manual_seed(0)
-    output = model.generate(prompt, max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
-    assert output.shape == (6, prompt.shape[1] + NEW)
-    assert torch.equal(output[:, : prompt.shape[1]], prompt.repeat_interleave(3, dim=0))
-    assert len({tuple(row.tolist()) for row in output}) == 6
-
-
-def test_a_row_ends_at_eos_and_leaves_the_others_alone(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
-    plain = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
-    new = plain[:, prompt.shape[1] :]
-    eos = int(new[0, 3])
-    assert not (new[1] == eos).any()
-    end = int((new[0] == eos).nonzero()[0])
-    output = model.generate(
-        prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=[eos, 300], pad_token_id=9
-    )
-    assert torch.equal(output[1], plain[1])
-    found = output[0, prompt.shape[1] :]
-    assert torch.equal(found[: end + 1], new[0, : end + 1])
-    assert (found[end + 1 :] == 9).all()
-
-
-class AfterTokens(StoppingCriteria):
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.count)
-
-
-def test_stopping_criteria_and_stop_strings(model: MegalodonForCausalLM, prompt: Tensor) -> None:
+def test_stop_strings(model: MegalodonForCausalLM, prompt: Tensor) -> None:
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": list(range(128, 256))}
     plain = model.generate(prompt[:1], **options)
-    criteria = StoppingCriteriaList([AfterTokens(prompt.shape[1] + 5)])
-    output = model.generate(prompt[:1], stopping_criteria=criteria, **options)
-    assert torch.equal(output, plain[:, : prompt.shape[1] + 5])
     new = plain[0, prompt.shape[1] :].tolist()
     stop = bytes(new[3:5]).decode()
     output = model.generate(
@@ -208,32 +140,14 @@ def test_stopping_criteria_and_stop_strings(model: MegalodonForCausalLM, prompt:
     assert output[0, prompt.shape[1] :].tolist() == new[:end]
 
 
-class Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-
-    def put(self, value: Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
-
-def test_streamers_get_every_token_once(
+def test_a_streamer_gets_every_token_once(
     model: MegalodonForCausalLM, prompt: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder, tokenizer = Recorder(), MegalodonTokenizer()
-    output = model.generate(prompt[:1], max_new_tokens=NEW, do_sample=False, streamer=recorder)
-    assert recorder.tokens == output[0].tolist()
-    assert recorder.ended
-    model.generate(
+    tokenizer = MegalodonTokenizer()
+    output = model.generate(
         prompt[:1], max_new_tokens=NEW, do_sample=False, streamer=TextStreamer(tokenizer)
     )
     assert capsys.readouterr().out == tokenizer.decode(output[0]) + "\n"
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    model.generate(prompt[:1], max_new_tokens=NEW, do_sample=False, streamer=streamer)
-    assert "".join(streamer) == tokenizer.decode(output[0, prompt.shape[1] :])
 
 
 @torch.no_grad()
@@ -362,36 +276,11 @@ def test_a_state_made_in_inference_mode_serves_outside(prompt: Tensor) -> None:
     model(prompt[:, -1:], cache=learning).logits.sum().backward()
 
 
-def test_a_prompt_read_in_pieces_gives_the_same(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
-    whole = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
-    pieces = model.generate(prompt, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=5)
-    assert torch.equal(pieces, whole)
-
-
 def test_embeddings_may_stand_for_the_prompt(model: MegalodonForCausalLM, prompt: Tensor) -> None:
     expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
     embeddings = model.get_input_embeddings()(prompt).detach()
     output = model.generate(inputs_embeds=embeddings, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(output, expected[:, prompt.shape[1] :])
-
-
-def test_hidden_states_and_logits_of_each_step_are_returned(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
-    output = model.generate(
-        prompt,
-        max_new_tokens=3,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_hidden_states=True,
-        output_logits=True,
-    )
-    expected = step_logits(model, output.sequences, prompt.shape[1])
-    torch.testing.assert_close(torch.stack(output.logits, 1), expected, rtol=0, atol=1e-5)
-    assert [len(step) for step in output.hidden_states] == [model.config.num_layers + 1] * 3
-    assert [step[-1].shape[1] for step in output.hidden_states] == [prompt.shape[1], 1, 1]
 
 
 class TestBadInput:
@@ -415,12 +304,6 @@ class TestBadInput:
         # Which is said depends on how transformers cuts a prompt shorter than the cache.
         with pytest.raises(ValueError, match=r"do not continue the cache|mask has shape"):
             model.generate(prompt[:, :3], cache=cache, max_new_tokens=3)
-
-    def test_attention_maps_are_refused(self, model: MegalodonForCausalLM, prompt: Tensor) -> None:
-        with pytest.raises(ValueError, match="no attention maps"):
-            model.generate(
-                prompt, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True
-            )
 
     def test_unknown_arguments_are_refused(
         self, model: MegalodonForCausalLM, prompt: Tensor

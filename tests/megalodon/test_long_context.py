@@ -86,12 +86,12 @@ def test_memory_of_training_is_linear_in_the_length_and_checkpointing_lowers_it(
     chunk_size: int,
 ) -> None:
     model = tiny_model(chunk_size=chunk_size, num_layers=3).train()
-    short, long = saved_bytes(model, 8192), saved_bytes(model, 16_384)
+    short, long = saved_bytes(model, 4096), saved_bytes(model, 8192)
     assert 1.8 * short < long < 2.1 * short
     # Early releases of transformers 5 know it by its old name alone.
     old = model.gradient_checkpointing_enable
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    assert saved_bytes(model, 16_384) < long / 3
+    assert saved_bytes(model, 8192) < long / 3
 
 
 MILLION = 1_000_000
@@ -171,11 +171,3 @@ def test_the_last_logits_of_a_long_text_are_those_of_the_float64_reference(
     torch.testing.assert_close(exact, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-3)
     assert expected.std() > 0.1
-
-
-@pytest.mark.slow  # a million tokens in float64 as well
-def test_the_last_logits_of_a_million_tokens_through_two_layers_are_those_of_float64() -> None:
-    model, text = tiny_model(), make_text(MILLION)
-    logits, _ = stream(model, text, cut(MILLION, 4096))
-    exact, _ = stream(model.double(), text, cut(MILLION, 50_000))
-    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-3)

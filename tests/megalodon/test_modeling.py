@@ -34,37 +34,6 @@ def test_released_sizes(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_streaming_in_any_pieces_matches_whole(dtype: torch.dtype) -> None:
-    model = tiny_model().to(dtype)
-    ids = torch.randint(0, 256, (2, 5 * CHUNK + 3))
-    whole = model(ids, use_cache=False).logits
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        cuts = torch.randperm(ids.shape[1] - 1, generator=generator)[:6].add(1).sort().values
-        cache, logits = None, []
-        for piece in ids.tensor_split(cuts.tolist(), dim=1):
-            output = model(piece, cache=cache, use_cache=True)
-            cache = output.cache
-            logits.append(output.logits)
-        tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # logits of size 5, six layers' sums
-        torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=tolerance)
-
-
-@torch.no_grad()
-def test_decoding_token_by_token_matches_whole_at_constant_size() -> None:
-    model = tiny_model().double()
-    ids = torch.randint(0, 256, (2, 3 * CHUNK + 2))
-    whole = model(ids).logits
-    cache, sizes = MegalodonCache(model.config), set()
-    for t in range(ids.shape[1]):
-        logits = model(ids[:, t : t + 1], cache=cache).logits
-        sizes.add(cache.nbytes)
-        torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=0, atol=1e-10)
-    assert len(sizes) == 1
-
-
-@torch.no_grad()
 def test_changing_a_token_never_changes_a_logit_before_it() -> None:
     model = tiny_model().double()
     ids = torch.randint(0, 256, (1, 3 * CHUNK + 3))
@@ -226,32 +195,6 @@ def test_second_hop_leaves_out_the_first() -> None:
     torch.testing.assert_close(states[0], states[-2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_equal_gradients(reentrant: bool) -> None:
-    ids = torch.randint(0, 256, (2, CHUNK + 1))
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model(dropout=0.1).double().train()
-        if checkpointing:
-            # transformers 5 has renamed it on its way.
-            old = model.gradient_checkpointing_enable
-            enable = getattr(model, "activation_checkpointing_enable", old)
-            enable({"use_reentrant": reentrant})
-        torch.manual_seed(3)
-        model(ids, labels=ids).loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
-
-
-@torch.no_grad()
-def test_eager_attention_equals_sdpa() -> None:
-    eager = tiny_model().double()
-    sdpa = copy.deepcopy(eager)
-    eager.set_attn_implementation("eager")
-    ids = torch.randint(0, 256, (2, 3 * CHUNK + 1))
-    torch.testing.assert_close(eager(ids).logits, sdpa(ids).logits, rtol=0, atol=1e-10)
-
-
 def test_initialisation_follows_the_paper() -> None:
     torch.manual_seed(0)
     model = MegalodonForCausalLM(config_of_the_comparison(num_layers=1, tie_word_embeddings=False))
@@ -297,21 +240,6 @@ def test_init_modes(mode: str, std: float) -> None:
     assert layer.ffn.alpha.unique().tolist() == pytest.approx([0.1])
 
 
-def test_bfloat16_keeps_the_sensitive_parameters_in_float32() -> None:
-    model = tiny_model()
-    wide = model.model.layers[0].cema.alpha.detach().clone()
-    model = model.to(torch.bfloat16)
-    layer = model.model.layers[0]
-    assert layer.wv.weight.dtype == torch.bfloat16
-    for module in (layer.timestep_norm, layer.cema, layer.rms_norm, layer.query_key):
-        assert {p.dtype for p in module.parameters()} == {torch.float32}
-    assert torch.equal(layer.cema.alpha, wide)
-    ids = torch.randint(0, 256, (2, CHUNK + 1))
-    output = model(ids)
-    assert output.logits.dtype == torch.bfloat16
-    assert output.logits.isfinite().all()
-
-
 def test_bfloat16_stays_close_to_float32() -> None:
     model = tiny_model()
     ids = torch.randint(0, 256, (2, 3 * CHUNK))
@@ -323,15 +251,6 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
 
 class TestBadInput:
-    def test_float16_is_refused(self) -> None:
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        with pytest.raises(ValueError, match="float16"):
-            tiny_model().half()(ids)
-        with pytest.raises(ValueError, match="float16"):
-            tiny_model().to(torch.float16)(ids)
-        with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
-            tiny_model()(ids)
-
     def test_ids_outside_the_vocabulary(self) -> None:
         for bad in (256, -1):
             with pytest.raises(ValueError, match="outside the vocabulary of 256"):
@@ -341,18 +260,6 @@ class TestBadInput:
         cache = MegalodonCache(tiny_config(num_layers=1))
         with pytest.raises(ValueError, match=r"another model: its num_layers is 1"):
             tiny_model()(torch.zeros(1, 1, dtype=torch.long), cache=cache)
-
-    def test_cache_of_another_kind(self) -> None:
-        from transformers import DynamicCache
-
-        with pytest.raises(ValueError, match="DynamicCache"):
-            tiny_model()(torch.zeros(1, 1, dtype=torch.long), cache=DynamicCache())
-
-    def test_cache_of_another_batch_size(self) -> None:
-        model = tiny_model()
-        cache = model(torch.zeros(2, 3, dtype=torch.long), use_cache=True).cache
-        with pytest.raises(ValueError, match="holds 2 rows and the input has 1"):
-            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
     def test_mask_of_the_wrong_shape(self) -> None:
         ids = torch.zeros(1, 4, dtype=torch.long)
@@ -375,15 +282,6 @@ class TestBadInput:
                 position_ids=torch.tensor([[7, 8]]),
             )
 
-    def test_unknown_attention_implementation(self) -> None:
-        config = tiny_config()
-        with pytest.raises(ValueError, match="nonsense"):
-            MegalodonForCausalLM._from_config(config, attn_implementation="nonsense")
-
-    def test_empty_input(self) -> None:
-        with pytest.raises(ValueError, match="at least one token"):
-            tiny_model()(torch.zeros(1, 0, dtype=torch.long))
-
     def test_neither_or_both_inputs(self) -> None:
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             tiny_model()()
@@ -401,5 +299,5 @@ class TestBadInput:
         ],
     )
     def test_impossible_sizes(self, key: str, value: Any) -> None:
-        with pytest.raises(Exception, match=f"{key}|z_dim"):
+        with pytest.raises(Exception, match=key):
             tiny_config(**{key: value})

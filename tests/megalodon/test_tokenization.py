@@ -128,21 +128,6 @@ def test_collators_pad_with_nothing_set_by_hand() -> None:
     assert batch["labels"].tolist() == [[97, 98], [-100, 99]]
 
 
-def test_without_a_pad_token_padding_is_refused() -> None:
-    tokenizer = MegalodonTokenizer(eos_token=None, pad_token=None)
-    assert not tokenizer.all_special_ids
-    with pytest.raises(ValueError, match="does not have a padding token"):
-        tokenizer(["a", "bc"], padding=True)
-
-
-def test_the_collator_for_language_models_takes_an_added_pad_token() -> None:
-    tokenizer = MegalodonTokenizer(pad_token="<pad>")
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    batch = collate([tokenizer("ab"), tokenizer("c")])
-    assert batch["input_ids"].tolist() == [[97, 98], [256, 99]]
-    assert batch["labels"].tolist() == [[97, 98], [-100, 99]]
-
-
 def test_pairs_are_one_text_after_the_other() -> None:
     assert PLAIN.encode("ab", "c") == [97, 98, 99]
     assert PLAIN([("a", "b"), ("c", b"d")])["input_ids"] == [[97, 98], [99, 100]]
@@ -208,10 +193,6 @@ class TestBadInput:
     def test_a_surrogate_that_stands_for_no_byte(self) -> None:
         with pytest.raises(UnicodeEncodeError):
             PLAIN.encode("a\ud800")
-
-    def test_an_unknown_argument_of_decode(self) -> None:
-        with pytest.raises(TypeError, match="spaces_between_special_tokens"):
-            PLAIN.decode([97], spaces_between_special_tokens=True)
 
     def test_an_unknown_token_has_no_id(self) -> None:
         assert PLAIN.convert_tokens_to_ids("<0x41>") is None

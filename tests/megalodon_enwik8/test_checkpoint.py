@@ -61,14 +61,6 @@ def test_a_truncated_file_is_recognised(
         load_checkpoint(path)
 
 
-@given(st.binary(max_size=300))
-def test_any_other_file_is_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "other.pt"
-    path.write_bytes(data)
-    with pytest.raises(UserError):
-        load_checkpoint(path)
-
-
 class Bomb:
     """Unpickling this creates a file."""
 
@@ -105,8 +97,6 @@ def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
         {"weight": torch.ones(2)},
         torch.ones(2),
         {**content_of(EXAMPLE), "version": 1},
-        {**content_of(EXAMPLE), "version": 99},
-        {**content_of(EXAMPLE), "format": "another"},
         module.KIND,
         {**content_of(EXAMPLE), "step": "3"},
         {**content_of(EXAMPLE), "step": -1},
@@ -138,18 +128,6 @@ def test_a_number_that_is_not_finite_is_not_saved(tmp_path: Path, value: float) 
         with pytest.raises(UserError, match=r"^step 3: a weight is not finite, nothing was saved"):
             save_checkpoint(tmp_path / "x.pt", replace(EXAMPLE, **changes))
         assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_return_to_the_model_they_came_from(
-    make_tiny: Any, model_name: str, tmp_path: Path
-) -> None:
-    config = make_tiny(model_name, seed=5)
-    model = build_model(config)
-    checkpoint = replace(EXAMPLE, config=config, model_state=dict(model.state_dict()))
-    save_checkpoint(tmp_path / "x.pt", checkpoint)
-    restored = restore_model(load_checkpoint(tmp_path / "x.pt"))
-    assert same(dict(restored.state_dict()), dict(model.state_dict()))
-    assert not restored.training
 
 
 def test_weights_of_another_model_or_size_are_refused(make_tiny: Any) -> None:

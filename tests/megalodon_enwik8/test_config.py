@@ -26,9 +26,9 @@ NULL = {"rope_base": 10_000.0, "seed": -1}  # what null means where it means som
 def refuse(tmp_path: Path) -> Any:
     """refuse(text, *overrides): the one line of the UserError that the config raises."""
 
-    def load(text: str | bytes, *overrides: str) -> str:
+    def load(text: str, *overrides: str) -> str:
         path = tmp_path / "x.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.write_text(text)
         with pytest.raises(UserError) as caught:
             load_config(path, overrides)
         line = str(caught.value).replace(str(path), "x.yaml")
@@ -88,27 +88,19 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("3: 2", "x.yaml: 3: unknown key; see megalodon_enwik8/config.py"),
         ("model: lama", "x.yaml: model=lama: Input should be 'megalodon' or 'llama'"),
         ("seed: true", "x.yaml: seed=True: Input should be a valid integer"),
-        ("seed: 1.5", "x.yaml: seed=1.5: Input should be a valid integer"),
         ("seed: -2", "x.yaml: seed=-2: Input should be greater than or equal to -1"),
-        ("seed: [1]", "x.yaml: seed=[1]: Input should be a valid integer"),
         ("batch_size: '4'", "x.yaml: batch_size=4: Input should be a valid integer"),
-        ("learning_rate: fast", "x.yaml: learning_rate=fast: Input should be a valid number"),
         ("learning_rate: 0", "x.yaml: learning_rate=0: Input should be greater than 0"),
         ("min_lr: 1e-5", "x.yaml: min_lr=1e-05: is where schedule: cosine ends, and at most learn"),
         ("schedule: cosine\nmin_lr: 1", "min_lr=1.0: is where schedule: cosine ends, and at most"),
         ("beta2: 1", "x.yaml: beta2=1: Input should be less than 1"),
         ("optimizer: sgd", "x.yaml: optimizer=sgd: Input should be 'adam' or 'adamw'"),
         ("learning_rate: .nan", "x.yaml: learning_rate=nan: Input should be a finite number"),
-        ("learning_rate: 1e999", "x.yaml: learning_rate=inf: Input should be a finite number"),
         ("attention_dropout: 1", "x.yaml: attention_dropout=1: Input should be less than 1"),
         ("min_p: 1.1", "x.yaml: min_p=1.1: Input should be less than or equal to 1"),
         ("keep_last: 0", "x.yaml: keep_last=0: Input should be greater than or equal to 1"),
-        ("keep_last: all", "x.yaml: keep_last=all: Input should be a valid integer"),
         ("run_dir: ''", "run_dir=: String should match pattern"),
         ('run_dir: "a\\0b"', "String should match pattern"),
-        ('data_path: "\\e[2J"', "String should match pattern"),
-        ('run_dir: "\\ud800"', "Input should be a valid string"),
-        ("data_path: 8", "Input should be a valid string"),
         ("num_tokens: 255", "x.yaml: num_tokens=255: Input should be greater than or equal to 256"),
         ("use_autocast: float16", "use_autocast=float16: Input should be True, False or 'auto'"),
         ("compile: maybe", "x.yaml: compile=maybe: Input should be True, False, 'auto' or"),
@@ -119,23 +111,15 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
         ("seed: 1\nseed: 2", "x.yaml: line 1: not valid YAML: seed is given twice"),
         ("seed: 1\nmodel: [", "x.yaml: line 2: "),
         ("- 1", "x.yaml: must hold `key: value` lines, not a list"),
-        ("just words", "x.yaml: must hold `key: value` lines, not a str"),
         ("seed: !!python/object/apply:os.getpid []", "could not determine a constructor"),
-        ("seed: !!timestamp x", "x.yaml: not valid YAML"),
         ("seed: !!bool x", "x.yaml: not valid YAML"),
-        ("seed: !!int ''", "x.yaml: not valid YAML"),
-        ("!!map [1]", "x.yaml: not valid YAML"),
-        ("seed: " + "9" * 5000, "x.yaml: not valid YAML"),
-        ("? [1]\n: 2", "x.yaml: line 1: "),
-        (b"seed: \xff", "x.yaml: not valid YAML"),
         ("seed: \x07", "x.yaml: not valid YAML"),
         ("[" * 5000, "x.yaml: "),
-        ("a: 2026-99-99", "x.yaml: not valid YAML"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_a_mistake_is_one_line_naming_key_value_and_remedy(
-    refuse: Any, text: str | bytes, line: str
+    refuse: Any, text: str, line: str
 ) -> None:
     assert line in refuse(text)
 
@@ -213,28 +197,24 @@ def test_any_mapping_is_a_config_or_one_line(values: dict[str, Any], model: str)
                 assert used == value or math.isclose(used, float(value))
 
 
-def paths(max_size: int) -> st.SearchStrategy[str]:
-    return st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=max_size)
-
-
+texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=9)
 valid = st.fixed_dictionaries(
-    {"run_dir": paths(9)},
+    {},
     optional={
         "seed": st.integers(0, 2**63 - 1),
         "learning_rate": st.floats(1e-9, 1e3),
         "compile": st.sampled_from([True, False, "auto"]),
-        "data_path": paths(20),
         "keep_last": st.one_of(st.none(), st.integers(1, 9)),
         "use_autocast": st.sampled_from([True, False, "auto"]),
     },
 )
 
 
-@given(valid, st.sampled_from(["llama", "megalodon"]))
+@given(valid, texts, st.sampled_from(["llama", "megalodon"]))
 def test_a_config_survives_its_own_file(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], model: str
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], text: str, model: str
 ) -> None:
-    config = make_config({**values, "model": model}, "x.yaml")
+    config = make_config({**values, "run_dir": text, "data_path": text, "model": model}, "x.yaml")
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(path) == config

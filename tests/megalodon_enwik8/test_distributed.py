@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,11 +23,11 @@ from megalodon_enwik8 import distributed
 from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import load_config
 from megalodon_enwik8.distributed import join
+from megalodon_enwik8.run_folder import NEWEST
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 from tests.processes import ROOT, outcome, torchrun
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
 TINY = """
 model: megalodon
 model_dim: 32
@@ -96,17 +97,38 @@ def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
         assert (ours[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-6, name
 
 
-def test_two_processes_train_as_one(folder: Path) -> None:
-    """Data parallel, sharded, and along time; and what one layout saved another resumes."""
-    assert train(load_config("tiny.yaml", ["run_dir=one"])) == 0
-    jobs = ["data:batch_size=4,grad_accum_every=2", "time:chunk_parallel=2", "shard:shard=true"]
+JOBS: list[tuple[str, str | None, list[str]]] = [
+    ("data", None, ["batch_size=4", "grad_accum_every=2"]),
+    ("time", None, ["chunk_parallel=2"]),
+    ("shard", None, ["shard=true"]),
     # The first three steps sharded, the others along time.
-    jobs += ["both:shard=true,num_batches=3,full_validation=false"]
-    jobs += ["both/resumed:chunk_parallel=2,num_batches=5"]
-    code, said = outcome(torchrun(2, WORKER, "tiny.yaml", *jobs, cwd=folder))
-    assert code == 0, said
-    assert said.count("final weights:") == 5  # the first process alone speaks
-    assert "processes: 2" in said
+    ("both", None, ["shard=true", "num_batches=3", "full_validation=false"]),
+    ("both", NEWEST, ["chunk_parallel=2"]),
+]
+
+
+def train_all(rank: int) -> None:
+    """The jobs, as one of two processes; what is said goes to a file."""
+    dist.init_process_group("gloo", f"file://{Path('store').resolve()}", rank=rank, world_size=2)
+    with open(f"said by {rank}", "w") as file, contextlib.redirect_stdout(file):
+        for name, resume, overrides in JOBS:
+            config = load_config("tiny.yaml", [f"run_dir={name}", *overrides])
+            assert train(config, resume=resume) == 0
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(folder: Path, processes: Any) -> None:
+    """Data parallel, sharded, and along time; and what one layout saved another resumes."""
+    both = [processes.Process(target=train_all, args=(rank,)) for rank in range(2)]
+    for process in both:
+        process.start()
+    assert train(load_config("tiny.yaml", ["run_dir=one"])) == 0
+    for process in both:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    said = [Path(f"said by {rank}").read_text() for rank in range(2)]
+    assert (said[0].count("final weights:"), said[1]) == (len(JOBS), "")
+    assert "processes: 2" in said[0]
     for name in ("data", "time", "shard"):
         assert_same_run(folder / name, folder / "one")
     ends = [load_checkpoint(folder / name / "final.pt").model_state for name in ("both", "one")]

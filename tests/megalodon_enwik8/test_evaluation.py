@@ -44,19 +44,6 @@ def test_fixed_windows_give_their_mean_in_batches_of_any_size(
         assert score.loss == pytest.approx(np.mean(each))
 
 
-@pytest.mark.parametrize("length", [2, 24, 25, 26, 49, 60, 100])
-def test_windows_side_by_side_predict_each_byte_but_the_first_once(model: Any, length: int) -> None:
-    text = np.random.default_rng(7).integers(256, size=length, dtype=np.uint8)
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, length - 1, 24):
-            piece = torch.from_numpy(text[start : start + 25].astype(np.int64))
-            total += byte_losses(model, piece[None]).sum().item()
-    score = score_windows(model, text, context=24, stride=24, use_autocast=False)
-    assert score.loss == pytest.approx(total / (length - 1))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, Path]:
     """Weights of either model after one step."""
@@ -113,15 +100,8 @@ def test_figures_go_where_they_are_asked_to(
         assert (result["corpus"], result["predicted"]) == ("other.txt", 899)
         assert result["trained_on_this_corpus"] is False
     assert json.loads(stream.read_text())["reading"] == {"streams": 4, "piece": 9}
-
-
-def test_the_split_is_the_one_asked_for(
-    trained: dict[str, Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run(main, trained["megalodon"], "--split", "train", "--stream") == 0
-    out = capfd.readouterr().out
-    assert "predicted: 17999" in out
-    assert "trained_on_this_corpus: true" in out
+    assert run(main, trained["megalodon"], "--stream", *text, "--out", stream) == 0
+    assert json.loads(stream.read_text())["reading"] == {"streams": 1, "piece": 8192}
 
 
 def test_what_the_evaluation_refuses_is_one_line(

@@ -78,6 +78,7 @@ def test_the_folder_holds_the_model_and_its_tokenizer(
     assert err == ""
     assert {path.name for path in folder.iterdir()} == files_of(model_name)
     expected = restore_model(load_checkpoint(checkpoint))
+    assert not expected.training
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.randint(0, 256, (2, 20))
     assert type(model) is type(expected)

@@ -57,8 +57,12 @@ def test_longer_gaps_come_in_one_after_the_other() -> None:
     assert set(gaps[600:]) == set(GAPS)
 
 
-def test_a_key_is_for_the_models_that_have_it(tmp_path: Path) -> None:
+def test_a_key_is_for_the_models_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "recall.jsonl"
+    monkeypatch.setattr(recall, "RATES", (1e-3,))
+    monkeypatch.setattr(recall, "TEST_SEQUENCES", 4)
     given = ["norm_num_groups=8", "--steps", "1", "--sequences", "2", "--seeds", "7"]
     assert recall.main([str(out), *given]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -336,20 +336,25 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_line(
     assert_same_ending(config, whole)
 
 
-def test_only_damaged_checkpoints_are_an_error(make_tiny: Any) -> None:
+def test_a_run_whose_checkpoints_are_damaged_or_gone_is_no_new_run(make_tiny: Any) -> None:
     config = make_tiny("llama", keep_last=1)
     assert train(config) == 0
-    (Path(config.run_dir) / "checkpoint_00000006.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no valid checkpoint to resume from; start again"):
-        train(config, resume=NEWEST)
+    (checkpoint,) = checkpoints_of(config)
+    for spoil in (lambda: checkpoint.write_bytes(b""), checkpoint.unlink):
+        spoil()
+        with pytest.raises(UserError, match=r"no valid checkpoint to resume from; start again"):
+            train(config, resume=NEWEST)
 
 
-def test_a_finished_run_goes_on_when_num_batches_grows(make_tiny: Any, tmp_path: Path) -> None:
-    short = make_tiny("llama", num_batches=4)
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "weight_decay": 0.1}], ids=str)
+def test_a_finished_run_goes_on_when_num_batches_grows(
+    make_tiny: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    short = make_tiny("megalodon", num_batches=4, **options)
     assert train(short) == 0
-    longer = make_tiny("llama")
+    longer = make_tiny("megalodon", **options)
     assert train(longer, resume=NEWEST) == 0
-    whole = make_tiny("llama", run_dir=str(tmp_path / "whole"))
+    whole = make_tiny("megalodon", run_dir=str(tmp_path / "whole"), **options)
     assert train(whole) == 0
     assert_same_ending(longer, whole)
 

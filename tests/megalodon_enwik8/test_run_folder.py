@@ -13,7 +13,7 @@ from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 
-from .endings import Crash, assert_same_ending, checkpoints_of, ending
+from .endings import Crash, assert_same_ending, ending
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> None:
@@ -23,9 +23,6 @@ def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> Non
     with pytest.raises(UserError, match="holds a run already; go on with --resume, start over"):
         train(config)
     assert ending(config)[0] == before
-    shorter = make_tiny("llama", num_batches=2)
-    assert train(shorter, overwrite=True) == 0
-    assert [path.name for path in checkpoints_of(config)] == ["checkpoint_00000002.pt"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -89,6 +86,7 @@ def test_a_folder_behind_a_link_is_renamed_on_its_own_disk(make_tiny: Any, tmp_p
     config = make_tiny("llama", run_dir=str(tmp_path / "link"))
     assert train(config) == train(config, overwrite=True) == 0
     assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "real" / "final.pt").exists()
     assert len(list((tmp_path / "disk").iterdir())) == 2
 
 
@@ -123,10 +121,10 @@ def resume_and_report(config: ExperimentConfig, outcomes: Any) -> None:
 def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(
     make_tiny: Any, processes: Any, tmp_path: Path
 ) -> None:
-    options = {"num_batches": 120, "validate_every": 0, "save_every": 40}
+    options = {"num_batches": 40, "validate_every": 0, "save_every": 10}
     whole = make_tiny("llama", **options)
     assert train(whole) == 0
-    half = make_tiny("llama", **{**options, "num_batches": 40}, run_dir=str(tmp_path / "shared"))
+    half = make_tiny("llama", **{**options, "num_batches": 12}, run_dir=str(tmp_path / "shared"))
     assert train(half) == 0
     config = make_tiny("llama", **options, run_dir=half.run_dir)
     outcomes = processes.Queue()
@@ -170,14 +168,8 @@ def test_a_folder_that_cannot_be_made_is_named(make_tiny: Any, tmp_path: Path) -
             train(make_tiny("llama", run_dir=str(path)))
 
 
-def test_a_folder_behind_a_link_is_used_and_a_link_to_nothing_is_named(
-    make_tiny: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
+def test_a_link_to_nothing_is_named(make_tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    assert train(make_tiny("llama", run_dir=str(tmp_path / "link"))) == 0
-    assert (tmp_path / "disk" / "final.pt").exists()
     with pytest.raises(OSError, match="broken"):
         train(make_tiny("llama", run_dir=str(tmp_path / "broken")))
 
@@ -192,15 +184,6 @@ def test_a_link_in_place_of_the_lock_leaves_its_target_alone(
     with pytest.raises(OSError, match="lock"):
         train(config)
     assert (tmp_path / "precious").read_text() == "precious"
-
-
-def test_final_weights_are_not_replaced_when_their_checkpoints_are_gone(make_tiny: Any) -> None:
-    config = make_tiny("llama")
-    assert train(config) == 0
-    for path in checkpoints_of(config):
-        path.unlink()
-    with pytest.raises(UserError, match="holds no valid checkpoint"):
-        train(config, resume=NEWEST)
 
 
 def test_metrics_leave_out_a_damaged_line_and_a_cut_last_one(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from megalodon_enwik8 import evaluation as scoring
 from megalodon_enwik8.evaluation import RANGE_ENDS, Score, score_streams, score_windows
 from megalodon_enwik8.models import build_model
-from megalodon_enwik8.safety import UserError
 
 
 def make_text(length: int) -> np.ndarray:
@@ -127,13 +126,6 @@ def test_scoring_leaves_the_model_training_and_the_generator_alone(make_tiny: An
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_llama_has_no_state_to_carry(make_tiny: Any) -> None:
-    with pytest.raises(UserError, match="a Llama has no state of fixed size to carry"):
-        score_streams(
-            build_model(make_tiny("llama")), make_text(9), streams=1, piece=1, use_autocast=False
-        )
 
 
 def test_ranges_part_the_distances() -> None:

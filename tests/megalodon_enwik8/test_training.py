@@ -78,20 +78,7 @@ def test_beta2_is_that_of_the_config(make_tiny: Any) -> None:
         assert {group["betas"] for group in groups} == {(0.9, 0.9)}
 
 
-def test_a_run_with_adamw_goes_on_as_if_it_had_not_stopped(make_tiny: Any, tmp_path: Path) -> None:
-    options = {"optimizer": "adamw", "weight_decay": 0.1, "num_batches": 4}
-    whole = make_tiny("megalodon", **options, run_dir=str(tmp_path / "whole"))
-    assert train(whole) == 0
-    parts = make_tiny("megalodon", **options)
-    assert train(parts.model_copy(update={"num_batches": 2})) == 0
-    assert train(parts, resume=NEWEST) == 0
-    ends = [load_checkpoint(Path(c.run_dir) / "final.pt").model_state for c in (whole, parts)]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-def test_a_uniform_random_text_cannot_be_learned_and_words_can(
-    make_tiny: Any, model_name: str
-) -> None:
+def test_words_are_learned(make_tiny: Any, model_name: str) -> None:
     config = make_tiny(model_name, num_batches=60, validate_every=60, use_autocast=True)
     assert train(config) == 0
     rows = read_metrics(Path(config.run_dir) / "metrics.jsonl")
@@ -232,15 +219,6 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(make_tiny: Any) -> None
         train(config)
     for path in Path(config.run_dir).glob("*.pt"):
         assert_finite(path)
-
-
-def test_a_text_shorter_than_a_window_is_refused_before_the_folder_is_touched(
-    make_tiny: Any,
-) -> None:
-    assert train(make_tiny("llama")) == 0
-    with pytest.raises(UserError, match="seq_len"):
-        train(make_tiny("llama", seq_len=5000), overwrite=True)
-    assert (Path(make_tiny("llama").run_dir) / "final.pt").exists()
 
 
 @pytest.mark.parametrize("value", ["tpu", "cuda"])
