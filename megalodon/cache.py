@@ -9,15 +9,12 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .configuration_megalodon import SIZES, MegalodonConfig
-from .ops.cema import BLOCK
+from .ops.cema import BLOCK, KeptSteps
 from .ops.chunk_attention import AttentionState
 from .ops.timestep_norm import TimestepNormState
 
-FEW = BLOCK
-"""Tokens that are read with others at little more than the cost of the others: a block of CEMA."""
-
-KeptCoefficients = dict[tuple[nn.Module, bool], Any]
-"""What single steps (True) and short pieces multiply with, of each CEMA that has read one."""
+Kept = dict[tuple[nn.Module, bool], KeptSteps]
+"""How single steps (True) and short pieces are taken, by each CEMA that has read one."""
 
 
 class LayerState(NamedTuple):
@@ -50,7 +47,7 @@ class MegalodonCache(Cache):
     Pass the cache of one call as ``cache`` of the next, with the tokens that follow.
     The model fills the same object.
 
-    While single tokens are decoded, or up to `FEW` at a time, without gradients, the cache also
+    While single tokens are decoded, or up to `BLOCK` at a time, without gradients, the cache also
     keeps what CEMA multiplies with at each call, which takes longer to compute than the call does.
     Any other call drops it, and so do :meth:`reset`, :meth:`map` and copying: weights must not
     change between two such calls of one cache, unless one of these lies between.
@@ -69,7 +66,7 @@ class MegalodonCache(Cache):
         lengths: (B,) int64, tokens of each row's document so far, without padding.
         is_uniform: whether each row's document has all positions behind it.
         positions: positions seen, padding included.
-        kept: see :data:`KeptCoefficients`.
+        kept: see :data:`Kept`.
         is_croppable: whether calls are recorded.
     """
 
@@ -79,7 +76,7 @@ class MegalodonCache(Cache):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(layers=[])
-        self.sizes = {key: getattr(config, key) for key in SIZES}
+        self.sizes = {key: getattr(config, key) for key in SIZES[1:]}  # all but the vocabulary
         self.reset()
 
     def reset(self) -> None:
@@ -89,17 +86,11 @@ class MegalodonCache(Cache):
         self.lengths: Tensor | None = None
         self.is_uniform = True
         self.positions = 0
-        self.kept: KeptCoefficients = {}
+        self.kept: Kept = {}
         self._start, self._calls, self._cropped = None, [], False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": {}}  # whose keys would be copied too: parts of a model
-
-    def keep_for(self, few: bool) -> KeptCoefficients | None:
-        """What is kept for a call of few tokens; else ``None``, and it is dropped."""
-        if not few:
-            self.kept = {}
-        return self.kept if few else None
 
     def check(self, config: MegalodonConfig, batch_size: int) -> None:
         """Raise ValueError if the cache is another model's or another batch's."""
@@ -151,7 +142,9 @@ class MegalodonCache(Cache):
 
     def leave_inference_mode(self) -> None:
         """Copy states that were made under torch.inference_mode, once outside of it: there nobody
-        may write to them, nor keep them for a backward."""
+        may write to them, nor keep them for a backward. Compiled, which cannot ask, leave them."""
+        if torch.compiler.is_compiling():
+            return
         made_there = self.lengths is not None and self.lengths.is_inference()
         if made_there and not torch.is_inference_mode_enabled():
             self.map(torch.clone)
@@ -211,6 +204,8 @@ class MegalodonCache(Cache):
     def record(self, **arguments: Tensor | None) -> None:
         """Take in the arguments (B or 1, L, ...) of a call that was made, if calls are recorded."""
         if self._start is not None:
+            if self._cropped:  # what the crop kept was read with this call
+                self._calls, self._cropped = [], False
             given = {key: t for key, t in arguments.items() if t is not None}
             rows = self.batch_size
             self._calls.append({key: t.expand(rows, *t.shape[1:]) for key, t in given.items()})
@@ -252,12 +247,12 @@ class MegalodonCache(Cache):
         and so has the next, `input_ids` (B, L), return the ids of all, to be read in one call."""
         if self._start is None or not self._cropped:
             return None
-        calls, self.positions, self._cropped = self._calls, self._start.positions, False
+        calls, self.positions = self._calls, self._start.positions
         ids = [call["input_ids"] for call in calls if call.keys() == {"input_ids"}]
-        few = sum(each.shape[1] for each in ids) <= FEW
+        few = sum(each.shape[1] for each in ids) <= BLOCK
         if input_ids is not None and few and len(ids) == len(calls):
-            self._calls = []
             return torch.cat([*ids, input_ids], dim=1)
+        self._cropped = False
         self.stop_recording()
         for call in calls:
             forward(**call, cache=self, use_cache=True)

@@ -6,7 +6,7 @@ is the one that it has.
 """
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -40,11 +40,6 @@ def one_cache(
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one thing: give one of them")
     return past_key_values if cache is None else cache
-
-
-def pop_cache(kwargs: dict[str, Any]) -> "MegalodonCache | None":
-    """As :func:`one_cache`, taken out of keyword arguments."""
-    return one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
 
 
 def make_known_as_causal_lm(model_type: str, class_name: str) -> None:

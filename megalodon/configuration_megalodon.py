@@ -167,7 +167,10 @@ class MegalodonConfig(PreTrainedConfig):
         """transformers' own, with what `trust_remote_code` needs: see ``remote_code``."""
         self.auto_map = CONFIG_AUTO_MAP
         write_imports(save_directory, CONFIG_FILE)
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:  # by a fresh folder, all of which is sent
+            name = os.path.basename(os.path.normpath(save_directory))
+            self.push_to_hub(kwargs.pop("repo_id", name), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:

@@ -28,13 +28,7 @@ MODULES = {
     "model.final_norm": "output.final_norm",
     "lm_head": "output.output",  # stored where tied as well
     "timestep_norm": "mega.timenorm",
-    "cema": "mega.cema",
     "rms_norm": "mega.rmsnorm",
-    "wz": "mega.wz",
-    "wv": "mega.wv",
-    "wr": "mega.wr",
-    "wh1": "mega.wh1",
-    "wh2": "mega.wh2",
     "query_key": "mega",
     "ffn_norm": "nffn.norm",
     "ffn.w1": "nffn.fc1",
@@ -42,7 +36,8 @@ MODULES = {
     "ffn.w3": "nffn.fc3",
     "ffn": "nffn",
 }
-"""Our name and the released one; of a layer's modules, inside the layer."""
+"""Our name and the released one; of a layer's modules, inside the layer, where those that are not
+here keep their names behind ``mega.``"""
 
 PAIRS = {"wz": 0, "query_key": 1}
 """The axis of rotary pairs, in all parameters of a module."""
@@ -134,7 +129,7 @@ def _entries(config: MegalodonConfig) -> list[Entry]:
         match = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.+)\.(\w+)", name)
         assert match is not None
         layer, module, parameter = match.groups("")
-        released = f"{layer}{MODULES[module]}.{parameter}"
+        released = f"{layer}{MODULES.get(module, f'mega.{module}')}.{parameter}"
         shape, ones = tuple(tensor.shape), (1,) * ONES.get(f"{module}.{parameter}", 0)
         entries.append(Entry(name, shape, released, shape + ones, PAIRS.get(module)))
     return entries

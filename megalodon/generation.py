@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from .cache import MegalodonCache
-from .compat import CACHE_NAME, pop_cache
+from .compat import CACHE_NAME, one_cache
 from .configuration_megalodon import MegalodonConfig
 
 
@@ -49,7 +49,7 @@ class MegalodonGenerationMixin(GenerationMixin):
                 "attention_mask ends in padding, where there is no token to go on from: pad "
                 "prompts on the left (tokenizer.padding_side = 'left')"
             )
-        cache = pop_cache(kwargs)
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         use_cache = option("use_cache") is not False or kwargs.get("inputs_embeds") is not None
         if cache is None and use_cache:
             cache = MegalodonCache(self.config)

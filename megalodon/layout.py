@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import KeptCoefficients, MegalodonCache
+from .cache import Kept, MegalodonCache
 from .ops.cema import BLOCK
 from .ops.segments import Segments
 from .ops.timestep_norm import StepCounts, step_counts
@@ -33,7 +33,7 @@ class Layout:
     segments: Segments | None
     return_state: bool
     fused: bool
-    kept: KeptCoefficients | None
+    kept: Kept | None
     time: TimeGroup | None = None
     counts: StepCounts | None = None
 
@@ -133,7 +133,15 @@ def read_layout(
     if time is not None:
         time.check(x, chunk_size)
     past = 0 if cache is None else cache.positions
-    mask = read_mask(attention_mask, batch, length, past)
+    mask = None
+    if attention_mask is not None:
+        if attention_mask.shape not in ((batch, length), (batch, past + length)):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
+                f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")
+            )
+        mask = attention_mask[:, -length:].bool()
+        mask = None if mask.all() else mask
     lengths = None
     if cache is not None and cache.lengths is not None:
         lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
@@ -164,27 +172,18 @@ def read_layout(
             lengths = torch.zeros(batch, dtype=torch.int64, device=x.device)
         segments = Segments(mask, border, lengths, block=BLOCK, chunk=chunk_size)
         rotary = rotary[segments.chunk_position]
-    kept = counts = None
+    kept = None
     if cache is not None:
-        few = length <= BLOCK and cache.lengths is not None and segments is None
-        kept = cache.keep_for(few and not torch.is_grad_enabled())
+        many = length > BLOCK or cache.lengths is None or segments is not None
+        if many or torch.is_grad_enabled():
+            cache.kept = {}
+        else:
+            kept = cache.kept
+    counts = None
     if length > 1 or segments is not None:
         seen = 0 if time is None else time.rank * length
         counts = step_counts(x, seen if lengths is None else lengths, segments)
     return Layout(rotary, offset, segments, return_state, fused, kept, time, counts)
-
-
-def read_mask(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
-    """(B, L) bool, or ``None`` where nothing is masked."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape not in ((batch, length), (batch, past + length)):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
-            f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")
-        )
-    mask = attention_mask[:, -length:].bool()
-    return None if mask.all() else mask
 
 
 def document_borders(
@@ -231,9 +230,9 @@ def mask_labels(
     ignore_index: int,
 ) -> Tensor:
     """Labels (B, L) without those that no token of the same document predicts: padding, the first
-    token after padding, and the first token of a document."""
+    token after padding, and the first token of a document. The mask is (B, L)."""
     batch, length = labels.shape
-    mask = read_mask(attention_mask, batch, length, 0)
+    mask = None if attention_mask is None else attention_mask.bool()
     border = document_borders(position_ids, mask, None, batch, length)
     if border is not None:
         labels = labels.masked_fill(border, ignore_index)

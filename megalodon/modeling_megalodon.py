@@ -28,6 +28,7 @@ from .modules import (
     MegalodonQueryKey,
     MegalodonRMSNorm,
     MegalodonTimestepNorm,
+    drop,
     swiglu_linear,
 )
 from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table
@@ -61,15 +62,16 @@ class MegalodonBlock(GradientCheckpointingLayer):
         self, x: Tensor, state: LayerState | None, layout: Layout
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, L, D) and what came before -> (B, L, D) and the state after it, if wanted."""
+        config, train = self.config, self.training
+        hidden, branch = (config.hidden_dropout, config.dropout) if train else (0.0, 0.0)
         norm_state, cema_state, attention_state = state or (None, None, None)
         x_tn, norm_state = self.timestep_norm(x, norm_state, layout)
         mx, cema_state = self.cema(x_tn, cema_state, layout)
-        mx = self._dropout(self.rms_norm(mx), "hidden_dropout")
+        mx = drop(self.rms_norm(mx), hidden)
         a, attention_state = self._attention(x_tn, mx, attention_state, layout)
-        dropout = self.config.hidden_dropout if self.training else 0.0
-        gated = swiglu_linear(self.wr(mx), a, self.wh2, dropout)
-        y = x + self._dropout(self.wh1(mx) + gated, "dropout")
-        out = x + self._dropout(self.ffn(self.ffn_norm(y)), "dropout")
+        gated = swiglu_linear(self.wr(mx), a, self.wh2, hidden)
+        y = x + drop(self.wh1(mx) + gated, branch)
+        out = x + drop(self.ffn(self.ffn_norm(y), hidden), branch)
         if not layout.return_state:
             return out, None
         return out, LayerState(norm_state, cema_state, attention_state)  # type: ignore[arg-type]
@@ -93,11 +95,6 @@ class MegalodonBlock(GradientCheckpointingLayer):
             return_state=layout.return_state,
         )
         return a.flatten(-2), state
-
-    def _dropout(self, x: Tensor, option: str) -> Tensor:
-        # Asked for in training alone: that takes longer than a small operation does.
-        p = getattr(self.config, option) if self.training else 0.0
-        return F.dropout(x, p) if p else x
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):

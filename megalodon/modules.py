@@ -13,14 +13,7 @@ from transformers import initialization as init
 
 from .configuration_megalodon import MegalodonConfig
 from .layout import Layout
-from .ops.cema import (
-    cema,
-    cema_coefficients,
-    cema_piece,
-    cema_piece_coefficients,
-    cema_step,
-    cema_step_coefficients,
-)
+from .ops.cema import cema, cema_coefficients, cema_pieces, cema_steps
 from .ops.cema_blocks import CEMACoefficients
 from .ops.chunk_attention import apply_rotary
 from .ops.elementwise import rms_norm, swiglu
@@ -34,12 +27,8 @@ class Float32Module(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if result.dtype in (torch.bfloat16, torch.float16) and tensor.dtype in (
-                torch.float32,
-                torch.float64,
-            ):
-                return tensor.to(result.device)
-            return result
+            shortened = result.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(result.device) if shortened else result
 
         return super()._apply(keep_precision, recurse)
 
@@ -127,9 +116,8 @@ class MegalodonCEMA(Float32Module):
         assert state is not None
         one = x.shape[1] == 1
         if (self, one) not in layout.kept:
-            keep = cema_step_coefficients if one else cema_piece_coefficients
-            layout.kept[self, one] = keep(self._coefficients())
-        return (cema_step if one else cema_piece)(x, layout.kept[self, one], state)
+            layout.kept[self, one] = (cema_steps if one else cema_pieces)(self._coefficients())
+        return layout.kept[self, one](x, state)
 
     def _coefficients(self) -> CEMACoefficients:
         return cema_coefficients(self.alpha, self.delta, self.theta, self.gamma, self.omega)
@@ -169,6 +157,11 @@ class MegalodonQueryKey(Float32Module):
         return q, k
 
 
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout, asked for where p is not 0 alone: that takes longer than a small operation."""
+    return F.dropout(x, p) if p else x
+
+
 def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float) -> Tensor:
     """linear(swiglu(gate, value)), with dropout between the two.
 
@@ -177,8 +170,7 @@ def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float
     """
 
     def product(gate: Tensor, value: Tensor) -> Tensor:
-        hidden = swiglu(gate, value)
-        y: Tensor = linear(F.dropout(hidden, dropout) if dropout else hidden)
+        y: Tensor = linear(drop(swiglu(gate, value), dropout))
         return y
 
     if dropout or not is_dynamo_compiling():  # a mask would not be drawn a second time
@@ -193,17 +185,15 @@ class MegalodonFFN(nn.Module):
     def __init__(self, config: MegalodonConfig, layer_idx: int) -> None:
         super().__init__()
         dim, hidden, bias = config.model_dim, config.ffn_hidden_dim, config.output_ffn_bias
-        self.layer_idx, self.dropout = layer_idx, config.hidden_dropout
+        self.layer_idx = layer_idx
         self.w1 = nn.Linear(dim, hidden, bias=bias)
         self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.w3 = nn.Linear(dim, hidden, bias=bias) if config.swiglu else None
         self.alpha = nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+    def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         if self.w3 is None:
-            hidden = F.silu(self.w1(x))
-            y = self.w2(F.dropout(hidden, dropout) if dropout else hidden)
+            y = self.w2(drop(F.silu(self.w1(x)), dropout))
         else:
             y = swiglu_linear(self.w1(x), self.w3(x), self.w2, dropout)
         return y if self.alpha is None else y * self.alpha

@@ -13,7 +13,7 @@ cast and saved like any other; neither autograd nor a compiler ever meets a comp
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -163,61 +163,45 @@ def _traceable_step(x: Tensor, c: CEMACoefficients, state: Tensor | None) -> tup
     return y.unsqueeze(1).to(x.dtype), torch.stack([re, im], dim=-1)
 
 
-class CEMAStepCoefficients(NamedTuple):
-    """What the steps of a decoding have in common. p, q: complex (D, N); read: (D, 2N), real and
-    imaginary parts alternating; omega: (D,)."""
-
-    p: Tensor
-    q: Tensor
-    read: Tensor
-    omega: Tensor
+KeptSteps = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes x (B, L, D) and a state, and gives the outputs and the state after: as :func:`cema`, with
+few operations, for decoding. What all its calls multiply with is computed once."""
 
 
-def cema_step_coefficients(c: CEMACoefficients) -> CEMAStepCoefficients:
-    """The coefficients as :func:`cema_step` takes them."""
+def cema_steps(c: CEMACoefficients) -> KeptSteps:
+    """For single steps."""
     q = torch.complex(*complex_power(c.log_q))
     read = torch.view_as_real(torch.view_as_complex(c.g).conj_physical()).flatten(-2)
-    return CEMAStepCoefficients(c.p.to(q.dtype), q, read, c.omega.clone())
+    p, omega = c.p.to(q.dtype), c.omega.clone()
+
+    @without_autocast
+    def step(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        u = x[:, 0].to(omega.dtype)
+        before = torch.view_as_complex(state.to(u.dtype).contiguous())
+        after = torch.view_as_real(torch.addcmul(p * u.unsqueeze(-1), q, before))
+        y = torch.addcmul(torch.linalg.vecdot(read, after.flatten(-2)), omega, u)
+        return y.unsqueeze(1).to(x.dtype), after
+
+    return step
 
 
-@without_autocast
-def cema_step(x: Tensor, c: CEMAStepCoefficients, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the recurrence with few operations, for decoding: x (B, 1, D); else as
-    :func:`cema`."""
-    u = x[:, 0].to(c.omega.dtype)
-    before = torch.view_as_complex(state.to(u.dtype).contiguous())
-    after = torch.view_as_real(torch.addcmul(c.p * u.unsqueeze(-1), c.q, before))
-    y = torch.addcmul(torch.linalg.vecdot(c.read, after.flatten(-2)), c.omega, u)
-    return y.unsqueeze(1).to(x.dtype), after
-
-
-class CEMAPieceCoefficients(NamedTuple):
-    """What short pieces have in common: the powers of q and a block's summary and readout, as
-    :func:`block_matrices` has them, and its kernel as a matrix (D, T, T)."""
-
-    powers: Tensor
-    sides: Tensor
-    toeplitz: Tensor
-
-
-def cema_piece_coefficients(c: CEMACoefficients) -> CEMAPieceCoefficients:
-    """The coefficients as :func:`cema_piece` takes them."""
+def cema_pieces(c: CEMACoefficients) -> KeptSteps:
+    """For pieces of at most `BLOCK` steps."""
     powers = q_powers(c.log_q, BLOCK, 0, BLOCK)
     kernel, sides = block_matrices(c, powers, c.p.dtype)
-    return CEMAPieceCoefficients(powers, sides, toeplitz(kernel))
+    matrix = toeplitz(kernel)
 
+    @without_autocast
+    def piece(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        batch, length, _ = x.shape
+        state = state.to(matrix.dtype)
+        entry = state.flatten(2).transpose(0, 1)  # (D, B, 2N)
+        u = by_channel(x.to(state.dtype), length)  # (D, B, L)
+        summary, readout = sides[0, -length:].transpose(0, 1), sides[1, :length].permute(1, 2, 0)
+        y = torch.bmm(u, matrix[:, :length, :length]).baddbmm_(entry, readout)
+        added = torch.bmm(u, summary).transpose(0, 1).unflatten(-1, (-1, 2))
+        before = torch.view_as_complex(state.contiguous())
+        after = torch.addcmul(torch.view_as_complex(added), powers[length], before)
+        return by_time(y, batch, length).to(x.dtype), torch.view_as_real(after)
 
-@without_autocast
-def cema_piece(x: Tensor, c: CEMAPieceCoefficients, state: Tensor) -> tuple[Tensor, Tensor]:
-    """A piece of at most `BLOCK` steps with few operations, for decoding: x (B, L, D); else as
-    :func:`cema`."""
-    batch, length, _ = x.shape
-    state = state.to(c.toeplitz.dtype)
-    entry = state.flatten(2).transpose(0, 1)  # (D, B, 2N)
-    u = by_channel(x.to(state.dtype), length)  # (D, B, L)
-    summary, readout = c.sides[0, -length:].transpose(0, 1), c.sides[1, :length].permute(1, 2, 0)
-    y = torch.bmm(u, c.toeplitz[:, :length, :length]).baddbmm_(entry, readout)
-    added = torch.bmm(u, summary).transpose(0, 1).unflatten(-1, (-1, 2))
-    before = torch.view_as_complex(state.contiguous())
-    after = torch.addcmul(torch.view_as_complex(added), c.powers[length], before)
-    return by_time(y, batch, length).to(x.dtype), torch.view_as_real(after)
+    return piece

@@ -5,7 +5,7 @@ itself and nothing else; a last, shorter chunk is allowed. The scores are q k^T 
 1/sqrt(d) is part of q and k already.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,9 @@ def rotary_table(
     Su et al. 2021 (arXiv 2104.09864): position m turns pair i by m base^(-2i/d). The angles are
     taken in float64, since a position of a few thousand costs a float32 angle four digits.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    angle = torch.outer(torch.arange(chunk_size, dtype=torch.float64), base**-exponent)
+    wide: Any = {"dtype": torch.float64, "device": "cpu"}  # which has it, whatever the default
+    exponent = torch.arange(0, head_dim, 2, **wide) / head_dim
+    angle = torch.outer(torch.arange(chunk_size, **wide), base**-exponent)
     table = torch.stack([angle.cos(), -angle.sin(), angle.sin()], dim=1)
     return table.to(device, torch.float32)
 
@@ -242,18 +243,14 @@ def _segmented(
     if segments.has_borders:
         # A chunk of a document may lie across a border of the slots, but reaches no further
         # back than one.
-        now = segments.chunk_start.unflatten(1, (chunks, chunk_size))
-        before = F.pad(now[:, :-1], (0, 0, 1, 0), value=-1)
-        window = torch.cat([before, now], dim=-1)  # (B, chunks, 2C)
-        same = now.unsqueeze(-1) == window.unsqueeze(-2)
-        same = same & _causal(chunk_size, 2 * chunk_size, q.device)
-        mask = same.flatten(0, 1).unsqueeze(1)
-
         def with_previous(x: Tensor) -> Tensor:
             now = x[:, :size].unflatten(1, (chunks, chunk_size))
             before = F.pad(now[:, :-1], (0,) * 2 * (now.dim() - 2) + (1, 0))
             return torch.cat([before, now], dim=2).flatten(0, 1)
 
+        window = with_previous(segments.chunk_start + 1)  # 0 where there is no chunk before
+        same = window[:, chunk_size:].unsqueeze(-1) == window.unsqueeze(-2)
+        mask = (same & _causal(chunk_size, 2 * chunk_size, q.device)).unsqueeze(1)
         y = _attend(queries, with_previous(keys), with_previous(values), dropout, fused, mask)
     else:
         y = _attend(queries, in_chunks(keys), in_chunks(values), dropout, fused)

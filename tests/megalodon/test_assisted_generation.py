@@ -3,6 +3,7 @@
 import copy
 import pickle
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -110,6 +111,23 @@ def test_crops_add_up_and_rows_with_padding_and_documents_may_be_cropped_and_reo
     for each in (cache, never):
         each.reorder_cache(torch.tensor([1, 1, 0]))
     same_from_here(model, cache, never, rows=3)
+
+
+@torch.no_grad()
+def test_a_call_after_a_crop_that_fails_changes_nothing(
+    model: MegalodonForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, never = MegalodonCache(model.config), MegalodonCache(model.config)
+    cache.activate_past_recording()
+    read(model, cache, ids[:, :CHUNK], [CHUNK])
+    cache.crop(-3)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(model.model.layers[1], "forward", Mock(side_effect=MemoryError))
+        model(ids[:, :2], cache=cache)
+    read(model, never, ids[:, : CHUNK - 3], [CHUNK - 3])
+    for each in (cache, never):
+        model(ids[:, :1], cache=each)
+    same_from_here(model, cache, never)
 
 
 @torch.no_grad()

@@ -184,7 +184,10 @@ class TestVocabulary:
     def test_new_tokens_leave_the_old_as_they_were(self, tmp_path: Path, tied: bool) -> None:
         model = tiny_model(tie_word_embeddings=tied)
         logits = model(IDS).logits
+        cache = model(IDS[:, :5]).cache
         model.resize_token_embeddings(300)
+        further = model(IDS[:, 5:], cache=cache).logits[..., :256]  # a state holds no vocabulary
+        torch.testing.assert_close(further, logits[:, 5:], rtol=0, atol=1e-5)
         assert model.config.vocab_size == model.vocab_size == 300
         assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
         torch.testing.assert_close(model(IDS).logits[..., :256], logits, rtol=0, atol=1e-6)

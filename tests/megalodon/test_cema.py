@@ -9,11 +9,9 @@ from megalodon.ops.cema import (
     CEMACoefficients,
     cema,
     cema_coefficients,
-    cema_piece,
-    cema_piece_coefficients,
+    cema_pieces,
     cema_reference,
-    cema_step,
-    cema_step_coefficients,
+    cema_steps,
 )
 from megalodon.ops.cema_blocks import _cema_blocks
 from megalodon.ops.scan import GROUP
@@ -56,14 +54,10 @@ def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    ("operation", "keep", "sizes"),
-    [
-        (cema_step, cema_step_coefficients, [1] * 75),
-        (cema_piece, cema_piece_coefficients, [2, BLOCK, 11, BLOCK - 2]),
-    ],
+    ("keep", "sizes"), [(cema_steps, [1] * 75), (cema_pieces, [2, BLOCK, 11, BLOCK - 2])]
 )
 def test_steps_and_short_pieces_equal_the_recurrence(
-    operation: Any, keep: Any, sizes: list[int], dtype: torch.dtype
+    keep: Any, sizes: list[int], dtype: torch.dtype
 ) -> None:
     coefficients = cema_coefficients(*parameters(3, 4, dtype))
     x, state = torch.randn(2, 75, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
@@ -71,7 +65,7 @@ def test_steps_and_short_pieces_equal_the_recurrence(
     expected, final = cema_reference(x.double(), wide, state.double())
     kept, outputs = keep(coefficients), []
     for piece in x.split(sizes, dim=1):
-        y, state = operation(piece, kept, state)
+        y, state = kept(piece, state)
         outputs.append(y)
     found = torch.cat(outputs, dim=1)
     assert found.dtype == state.dtype == dtype

@@ -48,6 +48,10 @@ def test_the_whole_model_is_one_graph_and_can_be_exported() -> None:
     options = {"use_cache": False, "return_dict": False}
     (expected,) = model(ids, **options)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
+    first, rest = compiled(ids[:, :-1]), compiled(ids[:, -1:], cache=MegalodonCache(model.config))
+    further = compiled(ids[:, -1:], cache=first.cache)
+    torch.testing.assert_close(further.logits[:, 0], expected[:, -1], rtol=0, atol=1e-5)
+    assert not torch.allclose(rest.logits[:, 0], expected[:, -1])
     exported = torch.export.export(model, (ids,), options).module()
     for program in (compiled, exported):
         torch.testing.assert_close(program(ids, **options)[0], expected, rtol=0, atol=1e-5)

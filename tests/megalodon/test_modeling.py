@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
-from megalodon.cache import FEW
+from megalodon.ops.cema import BLOCK
 
 from .models import CHUNK, config_of_the_comparison, randomize, tiny_config, tiny_model
 
@@ -50,7 +50,7 @@ def test_changing_a_token_never_changes_a_logit_before_it() -> None:
 @torch.no_grad()
 def after_a_prompt() -> tuple[MegalodonForCausalLM, Tensor, MegalodonCache]:
     model = tiny_model()
-    ids = torch.randint(0, 256, (1, FEW + 1))
+    ids = torch.randint(0, 256, (1, BLOCK + 1))
     cache = MegalodonCache(model.config)
     model(ids, cache=cache)
     return model, ids, cache
@@ -88,7 +88,7 @@ def test_a_cache_keeps_what_few_tokens_are_multiplied_with_until_something_else_
     cemas = {(layer.cema, one) for layer in model.model.layers for one in (True, False)}
     assert not cache.kept
     model(ids[:, :1], cache=cache)
-    model(ids[:, :FEW], cache=cache)
+    model(ids[:, :BLOCK], cache=cache)
     kept = dict(cache.kept)
     assert kept.keys() == cemas
     cache.reorder_cache(torch.tensor([0]))
@@ -182,6 +182,8 @@ def test_dropouts_act_in_training_only(name: str) -> None:
     torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
     model.train()
     assert not torch.allclose(model(ids).logits, model(ids).logits)
+    setattr(model.config, name, 0.0)  # the config says so at each call
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_second_hop_leaves_out_the_first() -> None:

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalodon import MegalodonTokenizer
+from megalodon import MegalodonConfig, MegalodonTokenizer
 
-from .models import tiny_model
+from .models import tiny_config, tiny_model
 
 STRANGER = """
 import sys
@@ -81,6 +83,17 @@ def test_a_program_that_imports_nothing_loads_and_saves(tmp_path: Path) -> None:
         assert "class Megalodon" not in (saved / name).read_text()
     tokenizers = [json.loads((at / "tokenizer_config.json").read_text()) for at in (saved, again)]
     assert tokenizers[0]["auto_map"] == tokenizers[1]["auto_map"]
+
+
+def test_a_config_that_is_pushed_alone_is_pushed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sends the files that are new since a moment before which ours is written."""
+    push = Mock()
+    monkeypatch.setattr(MegalodonConfig, "push_to_hub", push)
+    tiny_config().save_pretrained(tmp_path / "name", push_to_hub=True, private=True)
+    push.assert_called_once_with("name", private=True)
+    assert (tmp_path / "name" / "modeling_megalodon.py").exists()
 
 
 def test_without_the_library_one_line_says_what_to_install(tmp_path: Path) -> None:
