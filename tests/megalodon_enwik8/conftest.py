@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -100,24 +99,6 @@ def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
             log(self, row)
 
         monkeypatch.setattr(RunFolder, "log", crashing)
-
-    return arrange
-
-
-@pytest.fixture
-def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """signal_in_step(n, number): send this process a signal when step n is done, this once."""
-
-    def arrange(step: int, number: int) -> None:
-        log = RunFolder.log
-
-        def signalling(self: RunFolder, row: dict[str, Any]) -> None:
-            log(self, row)
-            if row["step"] == step:
-                monkeypatch.setattr(RunFolder, "log", log)
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(RunFolder, "log", signalling)
 
     return arrange
 
