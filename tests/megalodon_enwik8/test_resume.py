@@ -354,21 +354,17 @@ def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
     assert [session["from_step"] for session in environment["sessions"]] == [0, 4]
 
 
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"learning_rate": 1e-3, "seed": 8}, r"learning_rate=0.001 \(was 0.003\), seed=8 \(was 7"),
-        ({"num_batches": 5}, r"num_batches=5: .* is at step 6 already; raise num_batches"),
-        ({"batch_size": 1}, r"batch_size x grad_accum_every=2 \(was 4\)"),
-        ({"seq_len": 25}, r"another config: seq_len=25 \(was 24\); set it back"),
-    ],
-)
-def test_resuming_with_another_config_names_the_keys(
-    make_tiny: Any, changes: dict[str, Any], line: str
-) -> None:
+def test_resuming_with_another_config_names_the_keys(make_tiny: Any) -> None:
     assert train(make_tiny("llama")) == 0
-    with pytest.raises(UserError, match=line):
-        train(make_tiny("llama", **changes), resume=NEWEST)
+    for config, line in (
+        (make_tiny("megalodon"), r"another config: model=megalodon \(was llama\)"),
+        (make_tiny("llama", learning_rate=1e-3, seed=8), r"=0.001 \(was 0.003\), seed=8 \(was 7"),
+        (make_tiny("llama", num_batches=5), "num_batches=5: .* is at step 6 already; raise num_b"),
+        (make_tiny("llama", batch_size=1), r"batch_size x grad_accum_every=2 \(was 4\)"),
+        (make_tiny("llama", seq_len=25), r"another config: seq_len=25 \(was 24\); set it back"),
+    ):
+        with pytest.raises(UserError, match=line):
+            train(config, resume=NEWEST)
 
 
 def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny: Any) -> None:
@@ -378,14 +374,10 @@ def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny: Any) -> None
         train(longer, resume=NEWEST)
 
 
-def test_resuming_the_other_model_another_text_or_bare_weights_is_refused(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+def test_resuming_another_text_or_bare_weights_is_refused(make_tiny: Any, tmp_path: Path) -> None:
     config = make_tiny("llama")
     assert train(config) == 0
     folder = Path(config.run_dir)
-    with pytest.raises(UserError, match=r"another config: model=megalodon \(was llama\)"):
-        train(make_tiny("megalodon"), resume=NEWEST)
     with pytest.raises(UserError, match="holds weights only; resume from a checkpoint_"):
         train(config, resume=folder / "final.pt")
     other = tmp_path / "other.txt"
