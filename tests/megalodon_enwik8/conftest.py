@@ -54,33 +54,33 @@ def model_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def tiny(model: str, run_dir: Path, text: Path, /, **changes: Any) -> ExperimentConfig:
+    values = {
+        "model": model,
+        "run_dir": str(run_dir),
+        "data_path": str(text),
+        "seq_len": 24,
+        "num_batches": 6,
+        "batch_size": 2,
+        "grad_accum_every": 2,
+        "learning_rate": 3e-3,
+        "use_autocast": False,
+        "compile": False,
+        "validate_every": 2,
+        "val_batches": 4,
+        "full_validation": False,
+        "save_every": 2,
+        "generate_every": 0,
+        "generate_prompt_len": 8,
+        "generate_length": 8,
+    }
+    return ExperimentConfig(**{**values, **TINY[model], **changes})
+
+
 @pytest.fixture
 def make_tiny(tmp_path: Path, text_file: Path) -> MakeConfig:
     """make_tiny(model_name, **changes): a config whose folder lies in tmp_path."""
-
-    def make(model_name: str, **changes: Any) -> ExperimentConfig:
-        values = {
-            "model": model_name,
-            "run_dir": str(tmp_path / "run"),
-            "data_path": str(text_file),
-            "seq_len": 24,
-            "num_batches": 6,
-            "batch_size": 2,
-            "grad_accum_every": 2,
-            "learning_rate": 3e-3,
-            "use_autocast": False,
-            "compile": False,
-            "validate_every": 2,
-            "val_batches": 4,
-            "full_validation": False,
-            "save_every": 2,
-            "generate_every": 0,
-            "generate_prompt_len": 8,
-            "generate_length": 8,
-        }
-        return ExperimentConfig(**{**values, **TINY[model_name], **changes})
-
-    return make
+    return lambda model_name, **changes: tiny(model_name, tmp_path / "run", text_file, **changes)
 
 
 @pytest.fixture
