@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -55,33 +54,33 @@ def model_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def tiny(model: str, run_dir: Path, text: Path, /, **changes: Any) -> ExperimentConfig:
+    values = {
+        "model": model,
+        "run_dir": str(run_dir),
+        "data_path": str(text),
+        "seq_len": 24,
+        "num_batches": 6,
+        "batch_size": 2,
+        "grad_accum_every": 2,
+        "learning_rate": 3e-3,
+        "use_autocast": False,
+        "compile": False,
+        "validate_every": 2,
+        "val_batches": 4,
+        "full_validation": False,
+        "save_every": 2,
+        "generate_every": 0,
+        "generate_prompt_len": 8,
+        "generate_length": 8,
+    }
+    return ExperimentConfig(**{**values, **TINY[model], **changes})
+
+
 @pytest.fixture
 def make_tiny(tmp_path: Path, text_file: Path) -> MakeConfig:
     """make_tiny(model_name, **changes): a config whose folder lies in tmp_path."""
-
-    def make(model_name: str, **changes: Any) -> ExperimentConfig:
-        values = {
-            "model": model_name,
-            "run_dir": str(tmp_path / "run"),
-            "data_path": str(text_file),
-            "seq_len": 24,
-            "num_batches": 6,
-            "batch_size": 2,
-            "grad_accum_every": 2,
-            "learning_rate": 3e-3,
-            "use_autocast": False,
-            "compile": False,
-            "validate_every": 2,
-            "val_batches": 4,
-            "full_validation": False,
-            "save_every": 2,
-            "generate_every": 0,
-            "generate_prompt_len": 8,
-            "generate_length": 8,
-        }
-        return ExperimentConfig(**{**values, **TINY[model_name], **changes})
-
-    return make
+    return lambda model_name, **changes: tiny(model_name, tmp_path / "run", text_file, **changes)
 
 
 @pytest.fixture
@@ -100,24 +99,6 @@ def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
             log(self, row)
 
         monkeypatch.setattr(RunFolder, "log", crashing)
-
-    return arrange
-
-
-@pytest.fixture
-def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """signal_in_step(n, number): send this process a signal when step n is done, this once."""
-
-    def arrange(step: int, number: int) -> None:
-        log = RunFolder.log
-
-        def signalling(self: RunFolder, row: dict[str, Any]) -> None:
-            log(self, row)
-            if row["step"] == step:
-                monkeypatch.setattr(RunFolder, "log", log)
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(RunFolder, "log", signalling)
 
     return arrange
 

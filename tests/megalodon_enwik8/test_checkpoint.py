@@ -97,6 +97,7 @@ def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
         {"weight": torch.ones(2)},
         torch.ones(2),
         {**content_of(EXAMPLE), "version": 1},
+        {**content_of(EXAMPLE), "version": torch.tensor([2])},
         module.KIND,
         {**content_of(EXAMPLE), "step": "3"},
         {**content_of(EXAMPLE), "step": -1},

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from megalodon_enwik8 import evaluation
-from megalodon_enwik8.config import ExperimentConfig
+from megalodon_enwik8.config import MODELS
 from megalodon_enwik8.data import windows_at
 from megalodon_enwik8.evaluation import main, score_windows
 from megalodon_enwik8.models import build_model, byte_losses
 from megalodon_enwik8.run_folder import read_metrics
 from megalodon_enwik8.training import train
 
-from .conftest import TINY
+from .conftest import tiny
 from .programs import refused, run
 
 
@@ -48,26 +48,14 @@ def test_fixed_windows_give_their_mean_in_batches_of_any_size(
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, Path]:
     """Weights of either model after one step."""
     paths = {}
-    for name, sizes in TINY.items():
+    for name in MODELS:
         folder = tmp_path_factory.mktemp(name)
-        config = ExperimentConfig(
-            model=name,
-            run_dir=str(folder),
-            data_path=str(text_file),
-            seq_len=24,
-            num_batches=1,
-            grad_accum_every=1,
-            compile=False,
-            use_autocast=False,
-            full_validation=True,
-            **sizes,
-        )
-        assert train(config) == 0
+        assert train(tiny(name, folder, text_file, num_batches=1, full_validation=True)) == 0
         paths[name] = folder / "final.pt"
     return paths
 
 
-@pytest.mark.parametrize("name", ["llama", "megalodon"])
+@pytest.mark.parametrize("name", MODELS)
 def test_without_options_the_figure_is_that_of_the_training(
     trained: dict[str, Path], name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import inference
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint
-from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.config import MODELS, ExperimentConfig, load_config
 from megalodon_enwik8.data import load_corpus
 from megalodon_enwik8.generation import generate_bytes
 from megalodon_enwik8.models import restore_model
@@ -34,6 +34,7 @@ from megalodon_enwik8.run_folder import NEWEST
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 
+from .conftest import tiny
 from .packing import PACK
 
 LONG = {"configs": 10_000, "checkpoints": 1_000, "corpora": 1_000, "prompts": 1_000}
@@ -162,25 +163,15 @@ def test_a_config_of_any_text_is_read_back_from_its_own_file_or_refused_in_a_lin
 
 # Checkpoints
 
-LLAMA = {"dim": 8, "depth": 1, "heads": 1, "dim_head": 8}
-MEGALODON = {
-    "model": "megalodon", "model_dim": 8, "num_layers": 1, "num_heads": 1,
-    "z_dim": 8, "value_dim": 8, "ffn_hidden_dim": 8, "cema_ndim": 2, "chunk_size": 16,
-    "norm_num_groups": 2,
-}  # fmt: skip
 
-
-@pytest.fixture(scope="module", params=[LLAMA, MEGALODON], ids=["llama", "megalodon"])
+@pytest.fixture(scope="module", params=MODELS)
 def finished(
     request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ExperimentConfig, dict[str, bytes]]:
     """A small run of four steps, and its files."""
     folder = tmp_path_factory.mktemp("finished")
-    config = ExperimentConfig(
-        run_dir=str(folder), data_path=str(text_file), seq_len=16, num_batches=4, batch_size=1,
-        grad_accum_every=2, compile=False, use_autocast=False, validate_every=0, val_batches=1,
-        full_validation=False, save_every=2, generate_every=0, **request.param,
-    )  # fmt: skip
+    short = {"num_batches": 4, "validate_every": 0, "val_batches": 1}
+    config = tiny(request.param, folder, text_file, **short)
     assert train(config) == 0
     return config, {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -234,8 +225,8 @@ def spoiled(content: Any) -> st.SearchStrategy[Any]:
         torch.ones(2).to_sparse(),
         torch.ones(3, device="meta"),
         torch.ones(1).expand(9, 10**9),
-        torch.full((8, 8), torch.inf),
-        torch.full((8, 8), 1e30),
+        torch.full((16, 16), torch.inf),
+        torch.full((16, 16), 1e30),
     ]
     strange = st.sampled_from([*values, *tensors])
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import io
+import itertools
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import termios
 import threading
 import time
 from pathlib import Path
@@ -28,7 +26,6 @@ from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import ExperimentConfig, load_config
 from megalodon_enwik8.data import Corpus
 from megalodon_enwik8.distributed import World
-from megalodon_enwik8.evaluation import score_windows
 from megalodon_enwik8.models import build_model
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.safety import UserError
@@ -71,9 +68,15 @@ def test_a_crash_in_any_step_changes_nothing_of_the_ending(
         assert best[0] == best[1]
 
 
-def kill_at_random_moments(make_tiny: Any, processes: Any, tmp_path: Path, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(1, 12), pytest.param(50, 40, marks=pytest.mark.slow, id="50_random")]
+)
+def test_kill_9_at_any_moment_changes_nothing_of_the_ending(
+    make_tiny: Any, processes: Any, tmp_path: Path, kills: int, steps: int
+) -> None:
     def config(name: str) -> ExperimentConfig:
-        options = {"num_batches": 40, "save_every": 3, "keep_last": 2, "generate_every": 20}
+        options = {"num_batches": steps, "save_every": 3, "keep_last": 2}
+        options |= {"generate_every": steps // 2}
         result: ExperimentConfig = make_tiny(
             "megalodon", **options, dropout=0.2, run_dir=str(tmp_path / name)
         )
@@ -105,46 +108,64 @@ def kill_at_random_moments(make_tiny: Any, processes: Any, tmp_path: Path, kills
         assert not list(Path(killed.run_dir).glob("*.writing"))
 
 
-def test_kill_9_at_a_random_moment_changes_nothing_of_the_ending(
-    make_tiny: Any, processes: Any, tmp_path: Path
-) -> None:
-    kill_at_random_moments(make_tiny, processes, tmp_path, kills=1)
-
-
-@pytest.mark.slow
-def test_kill_9_at_50_random_moments_changes_nothing_of_the_ending(
-    make_tiny: Any, processes: Any, tmp_path: Path
-) -> None:
-    kill_at_random_moments(make_tiny, processes, tmp_path, kills=50)
-
-
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
+# Where a signal comes: in which call of what, whether that is left at once, and the steps saved.
+MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
+    "the first step": (RunFolder, "log", 0, False, 1),
+    "a step": (RunFolder, "log", 2, False, 3),
+    "the last step": (RunFolder, "log", 5, False, 6),
+    "the first validation": (training, "score_windows", 0, True, 0),
+    "a validation": (training, "score_windows", 1, True, 2),
+    "the whole split": (training, "score_windows", 4, True, 6),
+    "a sample": (training, "generate_bytes", 0, True, 2),
+    "another sample": (training, "generate_bytes", 1, True, 4),
+    "a checkpoint": (torch, "save", 1, False, 2),  # the first is best.pt
+}
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-@pytest.mark.parametrize("step", [0, 2, 5])
+
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [(moment, *each) for moment, each in zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)],
+    ids=MOMENTS,
+)
 def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
     make_tiny: Any,
-    signal_in_step: Any,
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    moment: str,
     number: signal.Signals,
     code: int,
-    step: int,
 ) -> None:
-    whole = make_tiny("llama")
-    config = make_tiny("llama", run_dir=str(tmp_path / "stopped"))
+    options = {"generate_every": 2, "keep_best": True, "full_validation": True}
+    whole = make_tiny("llama", **options)
     assert train(whole) == 0
+    config = make_tiny("llama", **options, run_dir=str(tmp_path / "stopped"))
     before = signal.getsignal(number)
-    signal_in_step(step, number)
-    assert train(config) == code
+    owner, name, call, at_once, step = MOMENTS[moment]
+    work, calls = getattr(owner, name), itertools.count()
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        meets_it = next(calls) == call
+        if meets_it:
+            signal.raise_signal(number)
+        result = work(*arguments, **keywords)
+        assert not (meets_it and at_once), "what the signal met came to its end"
+        return result
+
+    def nobody_reads(*arguments: Any) -> int:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        patch.setattr(os, "write", nobody_reads)
+        assert train(config) == code
     assert signal.getsignal(number) == before
-    folder = Path(config.run_dir)
-    assert (folder / f"checkpoint_{step + 1:08d}.pt").exists()
-    assert (
-        f"go on with: python train.py --config {folder / 'config.yaml'} --resume"
-        in capsys.readouterr().out
-    )
+    assert checkpoints_of(config)[-1].name == f"checkpoint_{step:08d}.pt"
+    file = Path(config.run_dir) / "config.yaml"
+    said = f"stopped after {step} steps, all saved; go on with: python train.py --config {file} --"
+    assert f"{said}resume\n" in capsys.readouterr().out
     assert train(config, resume=NEWEST) == 0
     assert_same_ending(config, whole)
 
@@ -191,26 +212,25 @@ def test_what_compile_auto_chooses_does_not_hang_on_where_a_run_resumes(
 
 
 def test_a_closed_terminal_saves(make_tiny: Any, tmp_path: Path) -> None:
-    long_steps = {"batch_size": 200, "seq_len": 200, "val_batches": 1}
+    long_steps = {"batch_size": 100, "seq_len": 100, "val_batches": 1}
     config = make_tiny("llama", num_batches=100_000, save_every=100_000, **long_steps)
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     terminal, end = os.openpty()
+    # The first terminal that the leader of a session opens is its own.
+    run = f'exec "$@" <{os.ttyname(end)} >{os.ttyname(end)} 2>&1'
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(path)],
+        ["sh", "-c", run, "sh", sys.executable, "train.py", "--config", path],
         cwd=Path(__file__).parents[2],
         stdin=end,
-        stdout=end,
-        stderr=end,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(end)
     too_late = threading.Timer(120, process.kill)
     too_late.start()
     said = b""
     with process:
-        while b"step 2: validation loss" not in said:
+        while b"step 0: validation loss" not in said:
             try:
                 said += os.read(terminal, 1000)
             except OSError:  # nobody writes any more
@@ -244,82 +264,11 @@ def test_a_terminal_that_closes_before_a_line_ends_nothing(
         os.dup2(os.open(os.devnull, os.O_WRONLY), end)  # what is unwritten must go somewhere
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-@pytest.mark.parametrize("phase", ["score_windows", "generate_bytes"])
-@pytest.mark.parametrize("call", [0, 1])
-def test_a_signal_in_a_validation_or_a_sample_ends_it_and_loses_nothing(
-    make_tiny: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    number: signal.Signals,
-    code: int,
-    phase: str,
-    call: int,
-) -> None:
-    options = {"generate_every": 2, "keep_best": True}
-    whole = make_tiny("llama", **options)
-    assert train(whole) == 0
-    config = make_tiny("llama", **options, run_dir=str(tmp_path / "stopped"))
-    work, calls = getattr(training, phase), [0]
-
-    def signalled(*arguments: Any, **keywords: Any) -> Any:
-        if calls[0] == call:
-            signal.raise_signal(number)
-        calls[0] += 1
-        result = work(*arguments, **keywords)
-        assert calls[0] <= call, "the one that the signal met came to its end"
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, phase, signalled)
-        assert train(config) == code
-    assert calls[0] == call + 1
-    assert "--resume" in capsys.readouterr().out
-    step = {"score_windows": (0, 2), "generate_bytes": (2, 4)}[phase][call]
-    assert checkpoints_of(config)[-1].name == f"checkpoint_{step:08d}.pt"
-    assert train(config, resume=NEWEST) == 0
-    assert_same_ending(config, whole)
-
-
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_while_a_checkpoint_is_written_waits_until_it_is(
-    make_tiny: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    number: signal.Signals,
-    code: int,
-) -> None:
-    whole = make_tiny("llama")
-    assert train(whole) == 0
-    config = make_tiny("llama", run_dir=str(tmp_path / "stopped"))
-    save, unsent = torch.save, [number]
-
-    def signalled(content: Any, file: Any) -> None:
-        buffer = io.BytesIO()
-        save(content, buffer)
-        file.write(buffer.getvalue()[:1000])
-        while unsent:
-            signal.raise_signal(unsent.pop())
-        file.write(buffer.getvalue()[1000:])
-
-    def nobody_reads(*arguments: Any) -> int:
-        raise BrokenPipeError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", signalled)
-        patch.setattr(os, "write", nobody_reads)
-        assert train(config) == code
-    assert checkpoints_of(config)[-1].name == "checkpoint_00000002.pt"
-    assert train(config, resume=NEWEST) == 0
-    assert_same_ending(config, whole)
-
-
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(
-    make_tiny: Any, signal_in_step: Any
+    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal_in_step(2, signal.SIGINT)
+    monkeypatch.setattr(RunFolder, "log", lambda *_: signal.raise_signal(signal.SIGINT))
     assert train(make_tiny("llama")) == 0
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
@@ -393,31 +342,6 @@ def test_lost_metrics_are_said_and_do_not_stop_the_run(
     assert [row["step"] for row in read_metrics(metrics)] == [0, 6]
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_in_the_final_validation_ends_it_and_loses_nothing(
-    make_tiny: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
-    code: int,
-) -> None:
-    config = make_tiny("llama", full_validation=True)
-    with monkeypatch.context() as patch:
-
-        def interrupted(*arguments: Any, **options: Any) -> Any:
-            if options["starts"] is None:  # of the whole split
-                signal.raise_signal(number)
-            return score_windows(*arguments, **options)
-
-        patch.setattr(training, "score_windows", interrupted)
-        assert train(config) == code
-    out = capsys.readouterr().out
-    assert "stopped after 6 steps, all saved" in out
-    assert "--resume" in out
-    assert train(config, resume=NEWEST) == 0
-    assert [row["step"] for row in ending(config)[0]] == list(range(7))
-
-
 def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
     make_tiny: Any, tmp_path: Path
 ) -> None:
@@ -430,21 +354,17 @@ def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
     assert [session["from_step"] for session in environment["sessions"]] == [0, 4]
 
 
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"learning_rate": 1e-3, "seed": 8}, r"learning_rate=0.001 \(was 0.003\), seed=8 \(was 7"),
-        ({"num_batches": 5}, r"num_batches=5: .* is at step 6 already; raise num_batches"),
-        ({"batch_size": 1}, r"batch_size x grad_accum_every=2 \(was 4\)"),
-        ({"seq_len": 25}, r"another config: seq_len=25 \(was 24\); set it back"),
-    ],
-)
-def test_resuming_with_another_config_names_the_keys(
-    make_tiny: Any, changes: dict[str, Any], line: str
-) -> None:
+def test_resuming_with_another_config_names_the_keys(make_tiny: Any) -> None:
     assert train(make_tiny("llama")) == 0
-    with pytest.raises(UserError, match=line):
-        train(make_tiny("llama", **changes), resume=NEWEST)
+    for config, line in (
+        (make_tiny("megalodon"), r"another config: model=megalodon \(was llama\)"),
+        (make_tiny("llama", learning_rate=1e-3, seed=8), r"=0.001 \(was 0.003\), seed=8 \(was 7"),
+        (make_tiny("llama", num_batches=5), "num_batches=5: .* is at step 6 already; raise num_b"),
+        (make_tiny("llama", batch_size=1), r"batch_size x grad_accum_every=2 \(was 4\)"),
+        (make_tiny("llama", seq_len=25), r"another config: seq_len=25 \(was 24\); set it back"),
+    ):
+        with pytest.raises(UserError, match=line):
+            train(config, resume=NEWEST)
 
 
 def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny: Any) -> None:
@@ -454,14 +374,10 @@ def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny: Any) -> None
         train(longer, resume=NEWEST)
 
 
-def test_resuming_the_other_model_another_text_or_bare_weights_is_refused(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+def test_resuming_another_text_or_bare_weights_is_refused(make_tiny: Any, tmp_path: Path) -> None:
     config = make_tiny("llama")
     assert train(config) == 0
     folder = Path(config.run_dir)
-    with pytest.raises(UserError, match=r"another config: model=megalodon \(was llama\)"):
-        train(make_tiny("megalodon"), resume=NEWEST)
     with pytest.raises(UserError, match="holds weights only; resume from a checkpoint_"):
         train(config, resume=folder / "final.pt")
     other = tmp_path / "other.txt"
