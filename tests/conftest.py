@@ -1,11 +1,8 @@
 """What all tests share: hypothesis profiles, and no network beyond this machine."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import socket
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _is_local(host: Any) -> bool:
+def _is_local(host):
     if host in ("", "localhost", None):
         return True
     try:
@@ -35,18 +32,18 @@ def _is_local(host: Any) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_network(monkeypatch):
     """Refuse to connect to, or look up, anything but this machine; use no proxy for that."""
     monkeypatch.setenv("no_proxy", "*")
     connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
-    def guarded_connect(self: socket.socket, address: Any) -> None:
+    def guarded_connect(self, address):
         inet = self.family in (socket.AF_INET, socket.AF_INET6)
         if inet and not _is_local(address[0]):
             raise OSError(f"a test tried to reach {address}")
         connect(self, address)
 
-    def guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded_getaddrinfo(host, *args, **kwargs):
         name = host.decode() if isinstance(host, bytes) else host
         if not _is_local(name):
             raise socket.gaierror(f"a test tried to look up {host}")

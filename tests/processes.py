@@ -3,19 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(
-    count: int,
-    script: str | Path,
-    *arguments: object,
-    options: Sequence[str] = ("--standalone",),
-    cwd: Path = ROOT,
-) -> subprocess.Popen[str]:
+def torchrun(count, script, *arguments, options=("--standalone",), cwd=ROOT):
     """`count` processes with a thread each, on the CPU; stdout and stderr come together."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += [f"--nproc_per_node={count}", *options, str(script), *map(str, arguments)]
@@ -32,7 +25,7 @@ def torchrun(
     )
 
 
-def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
+def outcome(process):
     """The exit code, and what was said."""
     said, _ = process.communicate(timeout=300)
     return process.returncode, said

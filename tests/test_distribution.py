@@ -9,7 +9,7 @@ import megalodon
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_version_is_the_same_wherever_it_stands() -> None:
+def test_the_version_is_the_same_wherever_it_stands():
     version = megalodon.__version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     changes = (ROOT / "CHANGELOG.md").read_text().splitlines()

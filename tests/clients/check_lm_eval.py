@@ -53,7 +53,7 @@ metric_list: [{{metric: exact_match}}]
 class Direct:
     """The same questions, asked of the model one text at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +62,7 @@ class Direct:
         self.model = AutoModelForCausalLM.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def likelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    def likelihood(self, context, continuation):
         """The log of its probability in nats, and whether it is what greedy decoding gives."""
         ids = self.torch.tensor([context + continuation])
         with self.torch.no_grad():
@@ -71,18 +71,18 @@ class Direct:
         greedy = bool((scores.argmax(-1) == targets).all())
         return scores.gather(1, targets[:, None]).sum().item(), greedy
 
-    def written(self, text: str) -> str:
+    def written(self, text):
         ids = self.torch.tensor([list(text.encode())])
         mask = self.torch.ones_like(ids)
         new = self.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
         return str(self.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def requests(*arguments: tuple) -> list[SimpleNamespace]:
+def requests(*arguments):
     return [SimpleNamespace(args=each) for each in arguments]
 
 
-def check_calls(kind: str, folder: Path, findings: Findings) -> None:
+def check_calls(kind, folder, findings):
     """The three kinds of request, texts of all lengths in one batch."""
     from lm_eval.models.huggingface import HFLM
 
@@ -111,7 +111,7 @@ def check_calls(kind: str, folder: Path, findings: Findings) -> None:
     )
 
 
-def check_command(kind: str, folder: Path, scratch: Path, findings: Findings) -> None:
+def check_command(kind, folder, scratch, findings):
     """The command line, which imports nothing of ours, on a task from a local file."""
     direct = Direct(folder)
     documents = []
@@ -159,7 +159,7 @@ def check_command(kind: str, folder: Path, scratch: Path, findings: Findings) ->
         )
 
 
-def main() -> None:
+def main():
     findings, scratch = Findings(), Path(tempfile.mkdtemp())
     for kind in ("llama", "megalodon"):
         folder = export(kind, scratch)

@@ -14,13 +14,13 @@ from small import ROOT, Findings, export
 STEPS = 10
 
 
-def texts() -> list[str]:
+def texts():
     """The README's paragraphs of at most 300 bytes."""
     paragraphs = (ROOT / "README.md").read_text().split("\n\n")
     return [text for text in paragraphs if 1 < len(text.encode()) <= 300][:16]
 
 
-def direct_loss(model, rows: list[list[int]]) -> float:
+def direct_loss(model, rows):
     """The mean over all bytes but the first of each row, asked one row at a time."""
     import torch
 
@@ -33,7 +33,7 @@ def direct_loss(model, rows: list[list[int]]) -> float:
     return total / count
 
 
-def check(kind: str, folder: Path, scratch: Path, packing: bool, findings: Findings) -> None:
+def check(kind, folder, scratch, packing, findings):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -78,7 +78,7 @@ def check(kind: str, folder: Path, scratch: Path, packing: bool, findings: Findi
     findings.row(abs(again - after) < 1e-4, f"{name}: what it saved has the loss {again:.5f}")
 
 
-def main() -> None:
+def main():
     findings, scratch = Findings(), Path(tempfile.mkdtemp())
     for kind in ("llama", "megalodon"):
         folder = export(kind, scratch)

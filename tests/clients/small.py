@@ -16,7 +16,7 @@ SIZES = {
 }
 
 
-def export(model: str, folder: Path) -> Path:
+def export(model, folder):
     """Train `model` for some steps on the README and export it, as a user does: two commands."""
     from megalodon_enwik8.config import ExperimentConfig
     from megalodon_enwik8.export import main
@@ -47,13 +47,13 @@ class Findings:
     """One line a row on stdout, where from now on nothing else is printed; `exit` tells whether
     all of them held."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.failed = 0
         self.out, sys.stdout = sys.stdout, sys.stderr
 
-    def row(self, holds: bool, what: str) -> None:
+    def row(self, holds, what):
         self.failed += not holds
         print("ok    " if holds else "FAILED", what, file=self.out, flush=True)
 
-    def exit(self) -> None:
+    def exit(self):
         sys.exit(1 if self.failed else 0)

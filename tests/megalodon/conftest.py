@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
 
 import pytest
 from transformers.utils import logging as transformers_logging
@@ -15,24 +14,24 @@ OF_THEIR_PIPELINE = (
 
 
 class _Collector(logging.Handler):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(logging.WARNING)
-        self.messages: list[str] = []
+        self.messages = []
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record):
         message = record.getMessage()
         if not message.startswith(OF_THEIR_PIPELINE):
             self.messages.append(message)
 
 
 @pytest.fixture
-def no_warnings() -> Iterator[None]:
+def no_warnings():
     """Python's warnings raise, and what transformers logs from WARNING on fails the test."""
     collector = _Collector()
     logger = logging.getLogger("transformers")
     logger.addHandler(collector)
     # transformers says some things once a process; here each test is to hear them.
-    transformers_logging.warning_once.cache_clear()  # type: ignore[attr-defined]
+    transformers_logging.warning_once.cache_clear()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

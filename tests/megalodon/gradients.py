@@ -1,13 +1,10 @@
 """Compare two functions by their values and all their gradients."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 
-def flatten(result: Any) -> list[Tensor]:
+def flatten(result):
     """The tensors of a nested result, in order."""
     if isinstance(result, Tensor):
         return [result]
@@ -16,9 +13,7 @@ def flatten(result: Any) -> list[Tensor]:
     return [tensor for part in result for tensor in flatten(part)]
 
 
-def values_and_gradients(
-    function: Callable[..., Any], inputs: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+def values_and_gradients(function, inputs):
     """Outputs of a function, and the gradients of a fixed random projection of all of them."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = [t for t in flatten(function(*leaves)) if t.is_floating_point()]
@@ -31,12 +26,7 @@ def values_and_gradients(
     return [output.detach() for output in outputs], list(gradients)
 
 
-def assert_same(
-    function: Callable[..., Any],
-    reference: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    tolerance: float,
-) -> None:
+def assert_same(function, reference, inputs, tolerance):
     """Values and gradients agree with the reference in float64 on the same inputs, each to
     `tolerance` times its own largest entry (at least 1)."""
     values, gradients = values_and_gradients(function, inputs)
@@ -45,7 +35,7 @@ def assert_same(
     assert_close(values + gradients, expected + expected_gradients, tolerance)
 
 
-def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+def assert_close(found, expected, tolerance):
     """Each tensor agrees with its float64 one to `tolerance` times that one's largest entry (at
     least 1)."""
     for ours, theirs in zip(found, expected, strict=True):

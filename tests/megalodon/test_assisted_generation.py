@@ -2,15 +2,13 @@
 
 import copy
 import pickle
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalodon import MegalodonCache, MegalodonForCausalLM
+from megalodon import MegalodonCache
 from megalodon.compat import CACHE_NAME
 
 from .models import CHUNK, tiny_model
@@ -19,7 +17,7 @@ NEW = 3 * CHUNK
 
 
 @torch.no_grad()
-def speaker(noise: float = 0.0, **options: Any) -> MegalodonForCausalLM:
+def speaker(noise=0.0, **options):
     """A model that does not repeat one token for ever; as an assistant it proposes 20 tokens,
     however unsure it is of them."""
     model = tiny_model(tie_word_embeddings=False, **options).double()
@@ -31,29 +29,27 @@ def speaker(noise: float = 0.0, **options: Any) -> MegalodonForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def model() -> MegalodonForCausalLM:
+def model():
     return speaker()
 
 
 @pytest.fixture
-def ids() -> Tensor:
+def ids():
     return torch.randint(0, 256, (1, 3 * CHUNK + 3), generator=torch.Generator().manual_seed(1))
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=1, **sizes)).eval()
 
 
-def read(model: MegalodonForCausalLM, cache: MegalodonCache, ids: Tensor, sizes: list[int]) -> None:
+def read(model, cache, ids, sizes):
     for piece in ids.split(sizes, dim=1):
         model(piece, cache=cache)
 
 
-def same_from_here(
-    model: MegalodonForCausalLM, cache: MegalodonCache, other: MegalodonCache, rows: int = 1
-) -> None:
+def same_from_here(model, cache, other, rows=1):
     """Both caches hold the same text: what is read next, in pieces and in steps, is the same."""
     assert cache.get_seq_length() == other.get_seq_length()
     more = torch.randint(0, 256, (rows, CHUNK + 3), generator=torch.Generator().manual_seed(2))
@@ -69,9 +65,7 @@ def same_from_here(
     "sizes", [[2 * CHUNK], [1] * 2 * CHUNK, [3, 1, 1, CHUNK, CHUNK - 5]], ids=str
 )
 @pytest.mark.parametrize("before", [0, 3])
-def test_a_cropped_cache_is_one_that_never_saw_what_was_removed(
-    model: MegalodonForCausalLM, ids: Tensor, sizes: list[int], before: int
-) -> None:
+def test_a_cropped_cache_is_one_that_never_saw_what_was_removed(model, ids, sizes, before):
     """Read in one call, in single steps and in pieces, over chunk borders, and once more."""
     for removed in (1, CHUNK + before, 2 * CHUNK):
         cache, never = MegalodonCache(model.config), MegalodonCache(model.config)
@@ -91,9 +85,7 @@ def test_a_cropped_cache_is_one_that_never_saw_what_was_removed(
 
 
 @torch.no_grad()
-def test_crops_add_up_and_rows_with_padding_and_documents_may_be_cropped_and_reordered(
-    model: MegalodonForCausalLM, ids: Tensor
-) -> None:
+def test_crops_add_up_and_rows_with_padding_and_documents_may_be_cropped_and_reordered(model, ids):
     rows = torch.cat([ids, ids.flip(1)])
     mask, positions = torch.ones_like(rows), torch.arange(rows.shape[1]).repeat(2, 1)
     mask[0, :5] = mask[0, 12:14] = 0
@@ -114,9 +106,7 @@ def test_crops_add_up_and_rows_with_padding_and_documents_may_be_cropped_and_reo
 
 
 @torch.no_grad()
-def test_a_call_after_a_crop_that_fails_changes_nothing(
-    model: MegalodonForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_after_a_crop_that_fails_changes_nothing(model, ids, monkeypatch):
     cache, never = MegalodonCache(model.config), MegalodonCache(model.config)
     cache.activate_past_recording()
     read(model, cache, ids[:, :CHUNK], [CHUNK])
@@ -131,7 +121,7 @@ def test_a_call_after_a_crop_that_fails_changes_nothing(
 
 
 @torch.no_grad()
-def test_what_was_not_recorded_cannot_be_cropped(model: MegalodonForCausalLM, ids: Tensor) -> None:
+def test_what_was_not_recorded_cannot_be_cropped(model, ids):
     cache = model(ids, use_cache=True).cache
     assert not cache.is_croppable
     cache.crop(0)
@@ -150,7 +140,7 @@ def test_what_was_not_recorded_cannot_be_cropped(model: MegalodonForCausalLM, id
         cache.stop_recording()
 
 
-HELP: dict[str, Any] = {
+HELP = {
     "lookup": {"prompt_lookup_num_tokens": 5},
     "long lookup": {"prompt_lookup_num_tokens": 3 * CHUNK, "max_matching_ngram_size": 1},
     "small Megalodon": {"assistant_model": speaker(num_layers=1)},
@@ -161,12 +151,10 @@ HELP: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", HELP)
-def test_help_changes_no_token_of_greedy_decoding(
-    model: MegalodonForCausalLM, ids: Tensor, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_changes_no_token_of_greedy_decoding(model, ids, kind, monkeypatch):
     cropped, crop = [], MegalodonCache.crop
 
-    def watch(cache: MegalodonCache, tokens_to_remove: int) -> None:
+    def watch(cache, tokens_to_remove):
         cropped.append(tokens_to_remove)
         crop(cache, tokens_to_remove)
 
@@ -186,9 +174,7 @@ def test_help_changes_no_token_of_greedy_decoding(
 
 
 @pytest.mark.parametrize("kind", ["lookup", "nearly the same"])
-def test_a_prompt_with_padding_or_documents_may_have_help(
-    model: MegalodonForCausalLM, ids: Tensor, kind: str
-) -> None:
+def test_a_prompt_with_padding_or_documents_may_have_help(model, ids, kind):
     text = torch.cat([ids, ids], dim=1)
     length, options = text.shape[1], {"max_new_tokens": NEW, "do_sample": False}
     mask = (torch.arange(length) >= 5)[None].long()
@@ -199,7 +185,7 @@ def test_a_prompt_with_padding_or_documents_may_have_help(
         assert torch.equal(found, expected)
 
 
-def test_a_megalodon_helps_a_llama(ids: Tensor) -> None:
+def test_a_megalodon_helps_a_llama(ids):
     llama, options = tiny_llama(), {"max_new_tokens": NEW, "do_sample": False}
     expected = llama.generate(ids, **options)
     found = llama.generate(ids, assistant_model=speaker(num_layers=1).float(), **options)
@@ -207,9 +193,7 @@ def test_a_megalodon_helps_a_llama(ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lookup", "small Megalodon"])
-def test_sampling_with_help_draws_from_what_it_should(
-    model: MegalodonForCausalLM, ids: Tensor, kind: str
-) -> None:
+def test_sampling_with_help_draws_from_what_it_should(model, ids, kind):
     text, options = torch.cat([ids, ids], dim=1), {"max_new_tokens": NEW, "do_sample": True}
     torch.manual_seed(0)
     output = model.generate(text, top_k=3, **options, **HELP[kind])
@@ -219,7 +203,7 @@ def test_sampling_with_help_draws_from_what_it_should(
     assert (logits > logits.take_along_dim(drawn, -1)).sum(-1).max() in (1, 2)
 
 
-def test_help_needs_a_cache_that_holds_nothing(model: MegalodonForCausalLM, ids: Tensor) -> None:
+def test_help_needs_a_cache_that_holds_nothing(model, ids):
     cache = model(ids[:, :5], use_cache=True).cache.detach()
     with pytest.raises(ValueError, match="holds 5 positions already: begin with a new cache"):
         model.generate(ids, cache=cache, max_new_tokens=3, prompt_lookup_num_tokens=2)

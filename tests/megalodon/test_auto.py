@@ -1,15 +1,11 @@
 """At home in transformers: Auto classes, pipelines, devices, vocabularies, outputs."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, pipeline
 
 from megalodon import MegalodonConfig, MegalodonTokenizer
-from megalodon.layout import Layout
 from megalodon.ops import chunk_attention
 from megalodon.ops.timestep_norm import StepCounts
 
@@ -21,19 +17,19 @@ IDS = torch.randint(0, 256, (2, 2 * CHUNK + 3), generator=torch.Generator().manu
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A saved model with its tokenizer."""
     tiny_model().save_pretrained(tmp_path)
     MegalodonTokenizer().save_pretrained(tmp_path)
     return tmp_path
 
 
-def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
+def generated(model, ids, **options):
     return model.generate(ids, max_new_tokens=CHUNK + 2, do_sample=False, **options)
 
 
 class TestAutoClasses:
-    def test_config_answers_to_the_common_names(self) -> None:
+    def test_config_answers_to_the_common_names(self):
         config = tiny_config()
         assert config.hidden_size == config.model_dim == 32
         assert config.num_hidden_layers == config.num_layers == 2
@@ -50,7 +46,7 @@ class TestAutoClasses:
 
 class TestPipeline:
     @quiet
-    def test_continues_a_prompt(self, folder: Path) -> None:
+    def test_continues_a_prompt(self, folder):
         generate = pipeline("text-generation", str(folder))
         assert type(generate.tokenizer) is MegalodonTokenizer
         text = "Göttingen is"
@@ -65,7 +61,7 @@ class TestPipeline:
         assert len({one["generated_text"] for one in several}) > 1
 
     @quiet
-    def test_a_batch_of_unequal_prompts_gives_what_each_gives(self, folder: Path) -> None:
+    def test_a_batch_of_unequal_prompts_gives_what_each_gives(self, folder):
         generate = pipeline("text-generation", str(folder))
         prompts = ["a", "Once upon a time", "the sea"]
         options = {"max_new_tokens": CHUNK + 2, "do_sample": False}
@@ -73,7 +69,7 @@ class TestPipeline:
         assert together == [generate(prompt, **options) for prompt in prompts]
 
     @quiet
-    def test_stops_at_a_string_and_takes_chats(self, folder: Path) -> None:
+    def test_stops_at_a_string_and_takes_chats(self, folder):
         generate = pipeline("text-generation", str(folder))
         options = {"do_sample": False, "suppress_tokens": list(range(128, 256))}
         new = generate("x", max_new_tokens=12, return_full_text=False, **options)
@@ -90,13 +86,13 @@ class TestPipeline:
 class TestDevices:
     @quiet
     @torch.no_grad()
-    def test_device_map_auto_loads_what_fits(self, folder: Path) -> None:
+    def test_device_map_auto_loads_what_fits(self, folder):
         model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
         assert torch.equal(model.cpu()(IDS).logits, tiny_model()(IDS).logits)
 
     @torch.no_grad()
     @pytest.mark.parametrize("tied", [True, False])
-    def test_layers_on_disk_give_the_same(self, tmp_path: Path, tied: bool) -> None:
+    def test_layers_on_disk_give_the_same(self, tmp_path, tied):
         model = tiny_model(tie_word_embeddings=tied)
         model.save_pretrained(tmp_path)
         places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -113,7 +109,7 @@ class TestDevices:
         assert torch.equal(generated(offloaded, IDS, attention_mask=mask), expected)
 
     @torch.no_grad()
-    def test_offloading_to_the_cpu_gives_the_same(self) -> None:
+    def test_offloading_to_the_cpu_gives_the_same(self):
         from accelerate import cpu_offload
 
         model = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
@@ -121,7 +117,7 @@ class TestDevices:
         assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
         assert torch.equal(generated(model, IDS), generated(tiny_model(), IDS))
 
-    def test_no_block_is_ever_split(self) -> None:
+    def test_no_block_is_ever_split(self):
         from accelerate import infer_auto_device_map
 
         model = tiny_model(num_layers=6, tie_word_embeddings=False)
@@ -136,10 +132,10 @@ class TestDevices:
         assert set(layers.values()) == {"cpu", "disk"}
 
     @pytest.mark.parametrize("packed", [False, True])
-    def test_what_blocks_share_follows_them_to_their_device(self, packed: bool) -> None:
+    def test_what_blocks_share_follows_them_to_their_device(self, packed):
         from accelerate.utils import send_to_device
 
-        seen: list[Layout] = []
+        seen = []
         model = tiny_model()
         model.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[2]))
         model(IDS, position_ids=torch.zeros_like(IDS) if packed else None)
@@ -161,11 +157,11 @@ class TestDevices:
 
     @pytest.mark.cuda
     @torch.no_grad()
-    def test_blocks_on_two_devices_give_the_same(self) -> None:
+    def test_blocks_on_two_devices_give_the_same(self):
         from accelerate import dispatch_model
 
         model = tiny_model(num_layers=3)
-        places: dict[str, Any] = {"model.embed_tokens": "cpu", "model.layers.0": 0}
+        places = {"model.embed_tokens": "cpu", "model.layers.0": 0}
         places |= {"model.layers.1": "cpu", "model.layers.2": 0, "model.final_norm": 0}
         places |= {"lm_head": "cpu"}
         split = dispatch_model(tiny_model(num_layers=3), places, main_device="cpu")
@@ -181,7 +177,7 @@ class TestDevices:
 class TestVocabulary:
     @torch.no_grad()
     @pytest.mark.parametrize("tied", [True, False])
-    def test_new_tokens_leave_the_old_as_they_were(self, tmp_path: Path, tied: bool) -> None:
+    def test_new_tokens_leave_the_old_as_they_were(self, tmp_path, tied):
         model = tiny_model(tie_word_embeddings=tied)
         logits = model(IDS).logits
         cache = model(IDS[:, :5]).cache
@@ -202,7 +198,7 @@ class TestVocabulary:
 class TestOutputs:
     @quiet
     @torch.no_grad()
-    def test_hidden_states_run_from_the_embedding_to_the_last_norm(self) -> None:
+    def test_hidden_states_run_from_the_embedding_to_the_last_norm(self):
         model = tiny_model()
         output = model(IDS, output_hidden_states=True)
         states = output.hidden_states
@@ -213,14 +209,14 @@ class TestOutputs:
         assert model(IDS).hidden_states is None
 
     @torch.no_grad()
-    def test_the_config_may_ask_for_them(self) -> None:
+    def test_the_config_may_ask_for_them(self):
         model = tiny_model(output_hidden_states=True)
         assert len(model(IDS).hidden_states) == 3
         assert model(IDS, output_hidden_states=False).hidden_states is None
 
     @quiet
     @torch.no_grad()
-    def test_tuples_hold_the_same(self) -> None:
+    def test_tuples_hold_the_same(self):
         model = tiny_model()
         expected = model(IDS, labels=IDS, use_cache=False)
         for found in (
@@ -232,7 +228,7 @@ class TestOutputs:
             assert torch.equal(found[1], expected.logits)
         assert isinstance(model.model(IDS, return_dict=False), tuple)
 
-    def test_attention_maps_are_refused(self) -> None:
+    def test_attention_maps_are_refused(self):
         for model in (tiny_model(), tiny_model().model):
             with pytest.raises(ValueError, match="no attention maps"):
                 model(IDS, output_attentions=True)
@@ -241,7 +237,7 @@ class TestOutputs:
 class TestAttentionImplementation:
     @quiet
     @torch.no_grad()
-    def test_eager_and_sdpa_are_served(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_eager_and_sdpa_are_served(self, folder, monkeypatch):
         monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)  # from 1 on, the fused kernel
         logits = [
             AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)(IDS).logits
@@ -250,21 +246,19 @@ class TestAttentionImplementation:
         torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("name", ["nonsense", "flash_attention_2", "flex_attention"])
-    def test_what_no_model_of_its_kind_has_is_refused_at_once(
-        self, folder: Path, name: str
-    ) -> None:
+    def test_what_no_model_of_its_kind_has_is_refused_at_once(self, folder, name):
         with pytest.raises(ValueError, match=r"(?i)attn_implementation|flash attention"):
             AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
         with pytest.raises(ValueError, match=r"(?i)attn_implementation|flash attention"):
             tiny_model().set_attn_implementation(name)
 
-    def test_what_transformers_lets_pass_is_refused_at_the_first_call(self, folder: Path) -> None:
+    def test_what_transformers_lets_pass_is_refused_at_the_first_call(self, folder):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="paged|eager")
         with pytest.raises(ValueError, match=r"'sdpa', the default, or 'eager'"):
             model(IDS)
 
 
-def test_embeddings_of_the_wrong_shape_are_refused() -> None:
+def test_embeddings_of_the_wrong_shape_are_refused():
     for shape in [(2, 32), (2, 0, 32), (2, 5, 31)]:
         with pytest.raises(ValueError, match="inputs_embeds has shape"):
             tiny_model()(inputs_embeds=torch.zeros(shape))

@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7, GROUP * BLO
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-def parameters(dim: int, order: int, dtype: torch.dtype) -> list[Tensor]:
+def parameters(dim, order, dtype):
     torch.manual_seed(0)
     shapes = [(dim, order), (dim, order), (dim,), (dim, order, 2), (dim,)]
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
@@ -35,16 +33,14 @@ def parameters(dim: int, order: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch.dtype) -> None:
+def test_fast_form_equals_recurrence(length, with_state, dtype):
     batch, dim, order = 2, 3, 4
     inputs = [torch.randn(batch, length, dim, dtype=dtype), *parameters(dim, order, dtype)]
     if with_state:
         inputs.append(torch.randn(batch, dim, order, 2, dtype=dtype))
 
-    def run(operation):  # type: ignore[no-untyped-def]
-        def function(
-            x: Tensor, a: Tensor, d: Tensor, t: Tensor, g: Tensor, o: Tensor, *state: Tensor
-        ):  # type: ignore[no-untyped-def]
+    def run(operation):
+        def function(x, a, d, t, g, o, *state):
             return operation(x, cema_coefficients(a, d, t, g, o), *state)
 
         return function
@@ -56,9 +52,7 @@ def test_fast_form_equals_recurrence(length: int, with_state: bool, dtype: torch
 @pytest.mark.parametrize(
     ("keep", "sizes"), [(cema_steps, [1] * 75), (cema_pieces, [2, BLOCK, 11, BLOCK - 2])]
 )
-def test_steps_and_short_pieces_equal_the_recurrence(
-    keep: Any, sizes: list[int], dtype: torch.dtype
-) -> None:
+def test_steps_and_short_pieces_equal_the_recurrence(keep, sizes, dtype):
     coefficients = cema_coefficients(*parameters(3, 4, dtype))
     x, state = torch.randn(2, 75, 3, dtype=dtype), torch.randn(2, 3, 4, 2, dtype=dtype)
     wide = CEMACoefficients(*(t.double() for t in coefficients))
@@ -72,16 +66,16 @@ def test_steps_and_short_pieces_equal_the_recurrence(
     assert_close([found, state], [expected, final], TOLERANCE[dtype])
 
 
-def test_gradients_of_the_state_alone_equal_the_recurrence() -> None:
+def test_gradients_of_the_state_alone_equal_the_recurrence():
     inputs = [torch.randn(2, BLOCK + 5, 3, dtype=torch.float64), *parameters(3, 4, torch.float64)]
 
-    def run(operation):  # type: ignore[no-untyped-def]
+    def run(operation):
         return lambda x, *given: operation(x, cema_coefficients(*given))[1]
 
     assert_same(run(cema), run(cema_reference), inputs, 1e-10)
 
 
-def test_autocast_does_not_reach_the_backward() -> None:
+def test_autocast_does_not_reach_the_backward():
     coefficients = parameters(3, 4, torch.float32)
     x = torch.randn(2, 3 * BLOCK, 3)
     gradients = []
@@ -94,11 +88,11 @@ def test_autocast_does_not_reach_the_backward() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
-def test_autograd_meets_no_complex_tensor() -> None:
+def test_autograd_meets_no_complex_tensor():
     seen = []
 
     class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             seen.extend(t for t in (result if isinstance(result, tuple) else [result]))
             return result
@@ -110,7 +104,7 @@ def test_autograd_meets_no_complex_tensor() -> None:
     assert not any(isinstance(t, Tensor) and t.is_complex() for t in seen)
 
 
-def test_angles_stay_exact_over_a_long_text() -> None:
+def test_angles_stay_exact_over_a_long_text():
     """With almost no decay, an error in the phase would show after 100,000 steps."""
     order = 4
     turns = torch.tensor([0.1, 0.23, 0.37, 0.49]).double()
@@ -131,7 +125,7 @@ def test_angles_stay_exact_over_a_long_text() -> None:
 
 @pytest.mark.parametrize("length", [BLOCK + 5, GROUP * BLOCK, GROUP * BLOCK + 40])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) -> None:
+def test_bfloat16_products_stay_close_to_float64(length, with_state):
     """The products of a bfloat16 input are taken in bfloat16; scan and state stay float32. One
     rounding to bfloat16 is off by 0.0017 in root mean square, relative to the norm; inputs,
     matrices, states and outputs are rounded once each: 0.0068 if no two errors cancel."""
@@ -142,7 +136,7 @@ def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) 
         inputs.append(torch.randn(4, 16, 8, 2))
     direction = torch.randn(4, length, 16).bfloat16()
 
-    def run(*given: Tensor) -> list[Tensor]:
+    def run(*given):
         leaves = [t.detach().clone().requires_grad_() for t in given]
         x, *coefficients = leaves[:6]
         y, state = cema(x, cema_coefficients(*coefficients), *leaves[6:])
@@ -167,8 +161,8 @@ def test_bfloat16_products_stay_close_to_float64(length: int, with_state: bool) 
     ],
 )
 def test_the_compiler_is_told_the_truth_about_the_operation(
-    length: int, dtype: torch.dtype, has_state: bool, has_documents: bool
-) -> None:
+    length, dtype, has_state, has_documents
+):
     """Shapes, strides and gradients that torch.compile works with."""
     c = cema_coefficients(*parameters(3, 4, dtype))
     coefficients = [t.detach().contiguous().requires_grad_() for t in c]

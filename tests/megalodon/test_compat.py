@@ -40,11 +40,11 @@ PRIVATE_NAMES = {
 }
 
 
-def is_private(name: str) -> bool:
+def is_private(name):
     return name.startswith("_") and not name.endswith("__")
 
 
-def overridden_names() -> set[str]:
+def overridden_names():
     """Private names that a class of the library has in common with a foreign class above it."""
     found = set()
     for info in pkgutil.walk_packages(megalodon.__path__, "megalodon."):
@@ -64,7 +64,7 @@ def overridden_names() -> set[str]:
     }  # made for every such class, not leaned on
 
 
-def read_names() -> set[str]:
+def read_names():
     """Private attributes that the library reads and none of its files defines."""
     read, own = set(), set()
     for path in Path(megalodon.__file__).parent.rglob("*.py"):
@@ -79,11 +79,11 @@ def read_names() -> set[str]:
     return private - own - {"_replace"}  # NamedTuple's _replace is public, says Python
 
 
-def test_no_other_private_names_are_leaned_on() -> None:
+def test_no_other_private_names_are_leaned_on():
     assert overridden_names() | read_names() == set(PRIVATE_NAMES)
 
 
-def test_the_name_of_the_cache_is_that_of_transformers_own_models() -> None:
+def test_the_name_of_the_cache_is_that_of_transformers_own_models():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_hidden_layers=1, **sizes))
     ids = torch.zeros(1, 2, dtype=torch.int64)
@@ -91,7 +91,7 @@ def test_the_name_of_the_cache_is_that_of_transformers_own_models() -> None:
 
 
 @pytest.mark.usefixtures("no_warnings")
-def test_both_names_of_the_cache_are_taken_and_the_new_one_can_be_read() -> None:
+def test_both_names_of_the_cache_are_taken_and_the_new_one_can_be_read():
     model, ids = tiny_model(), torch.arange(20)[None]
     whole = model(ids).logits[:, 10:]
     for part, logits in ((model.model, None), (model, whole)):
@@ -107,7 +107,7 @@ def test_both_names_of_the_cache_are_taken_and_the_new_one_can_be_read() -> None
 
 
 @pytest.mark.usefixtures("no_warnings")
-def test_generate_takes_both_names_of_the_cache() -> None:
+def test_generate_takes_both_names_of_the_cache():
     model, ids = tiny_model(), torch.arange(20)[None]
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     for name in ("cache", "past_key_values"):
@@ -116,15 +116,13 @@ def test_generate_takes_both_names_of_the_cache() -> None:
         assert torch.equal(found, expected)
 
 
-def test_the_old_name_of_the_cache_can_be_read_too() -> None:
+def test_the_old_name_of_the_cache_can_be_read_too():
     output = tiny_model()(torch.arange(3)[None], use_cache=True)
     assert output.past_key_values is output.cache
 
 
 class TestVersions:
-    def test_installed_ones_are_inside_the_ranges_or_one_line_says_so(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_installed_ones_are_inside_the_ranges_or_one_line_says_so(self, monkeypatch):
         ranges = ["torch<99,>=1", "transformers<5.0,>=4.0", "numpy<0.1", 'peft>9; extra == "x"']
         monkeypatch.setattr(versions, "requires", lambda name: ranges)
         with pytest.warns(UserWarning, match="megalodon was tested with") as caught:
@@ -134,9 +132,7 @@ class TestVersions:
         assert 'pip install "transformers<5.0,>=4.0"' in message
         assert "\n" not in message
 
-    def test_files_that_were_copied_are_not_looked_at(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_files_that_were_copied_are_not_looked_at(self, monkeypatch):
         monkeypatch.setattr(versions, "DISTRIBUTION", "no-such-distribution")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

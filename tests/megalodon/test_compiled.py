@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -11,7 +9,7 @@ from .models import CHUNK, tiny_model
 
 
 @torch.no_grad()
-def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations() -> None:
+def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations():
     eager, compiled = tiny_model(), tiny_model()
     counter = torch._dynamo.testing.CompileCounter()
     for layer in compiled.model.layers:
@@ -29,7 +27,7 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_layers_have_the_gradients_of_eager_ones(autocast: bool) -> None:
+def test_compiled_layers_have_the_gradients_of_eager_ones(autocast):
     eager, compiled = tiny_model(rescale_nffn=True), tiny_model(rescale_nffn=True)
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
@@ -43,7 +41,7 @@ def test_compiled_layers_have_the_gradients_of_eager_ones(autocast: bool) -> Non
 
 
 @torch.no_grad()
-def test_the_whole_model_is_one_graph_and_can_be_exported() -> None:
+def test_the_whole_model_is_one_graph_and_can_be_exported():
     model, ids = tiny_model(), torch.randint(0, 256, (2, 2 * CHUNK + 3))
     options = {"use_cache": False, "return_dict": False}
     (expected,) = model(ids, **options)
@@ -58,9 +56,7 @@ def test_the_whole_model_is_one_graph_and_can_be_exported() -> None:
 
 
 @pytest.mark.slow  # compiles C++
-def test_a_second_start_finds_its_compiled_layers_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_start_finds_its_compiled_layers_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     ids = torch.randint(0, 256, (2, 2 * CHUNK))
     for found in (0, 1):
@@ -74,7 +70,7 @@ def test_a_second_start_finds_its_compiled_layers_on_the_disk(
         assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
 
 
-def test_a_compiled_layer_keeps_no_input_of_the_products_behind_gates() -> None:
+def test_a_compiled_layer_keeps_no_input_of_the_products_behind_gates():
     model, kept = tiny_model(num_layers=1).train(), []
     model.model.layers[0].ffn.compile(backend="aot_eager_decomp_partition", fullgraph=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

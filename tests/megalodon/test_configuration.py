@@ -3,8 +3,6 @@
 import itertools
 import json
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from megalodon import MegalodonConfig, MegalodonForCausalLM
 from .models import tiny_config, tiny_model
 
 # In a config of 8-token chunks and 256 tokens: what says what the model does, and what does not.
-FAMILY: dict[str, tuple[list[Any], list[Any]]] = {
+FAMILY = {
     "norm_affine": ([True], [False, None]),
     "output_size": ([-1, None, 256], [100]),
     "efficient_attn": ([None], ["fused"]),
@@ -26,16 +24,16 @@ FAMILY: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
-def test_the_7b_setup_is_that_of_the_paper() -> None:
+def test_the_7b_setup_is_that_of_the_paper():
     assert MegalodonConfig.from_7b_setup().to_dict() == MegalodonConfig.mega7_3b().to_dict()
 
 
-def test_no_rope_base_is_10000() -> None:
-    assert MegalodonConfig(rope_base=None).rope_base == 10_000  # type: ignore[arg-type]
+def test_no_rope_base_is_10000():
+    assert MegalodonConfig(rope_base=None).rope_base == 10_000
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_familys_other_names_are_taken_where_they_say_what_the_model_does(name: str) -> None:
+def test_the_familys_other_names_are_taken_where_they_say_what_the_model_does(name):
     served, refused = FAMILY[name]
     for value in served:
         assert tiny_config(**{name: value}).to_dict() == tiny_config().to_dict()
@@ -44,7 +42,7 @@ def test_the_familys_other_names_are_taken_where_they_say_what_the_model_does(na
             tiny_config(**{name: value})
 
 
-def test_share_emb_ties_the_output_matrix() -> None:
+def test_share_emb_ties_the_output_matrix():
     for tied in (True, False):
         config = tiny_config(share_emb=tied)
         assert config.share_emb is config.tie_word_embeddings is tied
@@ -54,9 +52,7 @@ def test_share_emb_ties_the_output_matrix() -> None:
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "layerwise_ckpt"])
-def test_checkpointing_is_switched_on_in_the_model_and_kept_in_no_file(
-    tmp_path: Path, name: str
-) -> None:
+def test_checkpointing_is_switched_on_in_the_model_and_kept_in_no_file(tmp_path, name):
     assert not any(layer.gradient_checkpointing for layer in tiny_model().model.layers)
     model = MegalodonForCausalLM(tiny_config(**{name: True}))
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
@@ -66,7 +62,7 @@ def test_checkpointing_is_switched_on_in_the_model_and_kept_in_no_file(
     assert all(layer.gradient_checkpointing for layer in again.model.layers)
 
 
-def test_an_unknown_name_is_refused_unless_a_file_holds_it(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_unless_a_file_holds_it(tmp_path):
     for name in ("num_layer", "is_decoder", "temperature"):
         with pytest.raises(ValueError, match=f"^{name}=3: MegalodonConfig has no such name$"):
             tiny_config(**{name: 3})
@@ -82,7 +78,7 @@ def test_an_unknown_name_is_refused_unless_a_file_holds_it(tmp_path: Path) -> No
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_holds_every_size_whatever_the_defaults_are(tmp_path: Path) -> None:
+def test_a_file_holds_every_size_whatever_the_defaults_are(tmp_path):
     for config in (MegalodonConfig(), tiny_config()):
         config.save_pretrained(tmp_path)
         held = json.loads((tmp_path / "config.json").read_text())
@@ -93,11 +89,11 @@ def test_a_file_holds_every_size_whatever_the_defaults_are(tmp_path: Path) -> No
         assert own <= set(held)
 
 
-def test_the_version_is_that_of_the_distribution() -> None:
+def test_the_version_is_that_of_the_distribution():
     assert megalodon.__version__ == metadata.version("megalodon-enwik8")
 
 
-def test_configure_precision_sets_what_it_is_told_and_no_more() -> None:
+def test_configure_precision_sets_what_it_is_told_and_no_more():
     names = ("allow_tf32", "allow_bf16_reduced_precision_reduction")
     switches = torch.backends.cuda.matmul
     before = {name: getattr(switches, name) for name in names}

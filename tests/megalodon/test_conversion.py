@@ -1,11 +1,9 @@
 """Weights to and from the released code's names."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon.conversion import from_released, to_released
@@ -13,7 +11,7 @@ from megalodon.ops.chunk_attention import rotary_table
 
 from .models import CHUNK, tiny_config, tiny_model
 
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS = [
     {},
     {"tie_word_embeddings": False},
     {"swiglu": False, "output_ffn_bias": False},
@@ -24,7 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_there_and_back_is_the_same_model(options: dict[str, Any]) -> None:
+def test_there_and_back_is_the_same_model(options):
     model = tiny_model(**options)
     ours = model.state_dict()
     back = from_released(to_released(ours, model.config), model.config)
@@ -37,7 +35,7 @@ def test_there_and_back_is_the_same_model(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mega200m", "mega1_3b", "mega1_3b_pg19", "mega7_1b", "mega7_3b"])
-def test_the_table_covers_the_released_models(name: str) -> None:
+def test_the_table_covers_the_released_models(name):
     config = getattr(MegalodonConfig, name)(num_layers=1)
     with torch.device("meta"):
         state = MegalodonForCausalLM(config).state_dict()
@@ -49,7 +47,7 @@ def test_the_table_covers_the_released_models(name: str) -> None:
     assert "layers.0.mega.wh2.bias" not in released
 
 
-def adjacent_pair_scores(state: dict[str, Tensor], x: Tensor, config: MegalodonConfig) -> Tensor:
+def adjacent_pair_scores(state, x, config):
     """Scores of one chunk as the released code has them: complex rotation of adjacent pairs.
 
     x: (B, L, D), the input of wz. Returns (B, H, L, L).
@@ -62,7 +60,7 @@ def adjacent_pair_scores(state: dict[str, Tensor], x: Tensor, config: MegalodonC
     angle = torch.outer(torch.arange(x.shape[1]).double(), config.rope_base**-exponent)
     turn = torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
-    def rotated(row: int) -> Tensor:
+    def rotated(row):
         gamma = state["layers.0.mega.gamma"][row].view(config.num_heads, -1)
         beta = state["layers.0.mega.beta"][row].view(config.num_heads, -1)
         y = z * (gamma + 1) / math.sqrt(head_dim) + beta
@@ -73,7 +71,7 @@ def adjacent_pair_scores(state: dict[str, Tensor], x: Tensor, config: MegalodonC
 
 
 @torch.no_grad()
-def test_half_split_pairs_give_the_scores_of_adjacent_pairs() -> None:
+def test_half_split_pairs_give_the_scores_of_adjacent_pairs():
     model = tiny_model().double()
     config, block = model.config, model.model.layers[0]
     x = torch.randn(2, CHUNK, config.model_dim, dtype=torch.float64)
@@ -88,7 +86,7 @@ def test_half_split_pairs_give_the_scores_of_adjacent_pairs() -> None:
     assert not torch.allclose(ours, adjacent_pair_scores(unpermuted, x, config), atol=1e-2)
 
 
-def test_every_problem_is_named_in_one_error() -> None:
+def test_every_problem_is_named_in_one_error():
     model = tiny_model()
     released = to_released(model.state_dict(), model.config)
     released["layers.1.mega.wq.bias"] = released.pop("layers.1.mega.wz.bias")
@@ -106,7 +104,7 @@ def test_every_problem_is_named_in_one_error() -> None:
         to_released(model.state_dict(), tiny_config(num_layers=3))
 
 
-def test_constants_are_written_and_held_to_those_of_this_model() -> None:
+def test_constants_are_written_and_held_to_those_of_this_model():
     model = tiny_model()
     released = to_released(model.state_dict(), model.config)
     groups = model.config.norm_num_groups
@@ -123,7 +121,7 @@ def test_constants_are_written_and_held_to_those_of_this_model() -> None:
         from_released(released, tiny_config(rope_base=100_000.0))
 
 
-def test_dtypes_stay_as_they_are() -> None:
+def test_dtypes_stay_as_they_are():
     model = tiny_model().to(torch.bfloat16)
     released = to_released(model.state_dict(), model.config)
     assert released["layers.0.mega.wz.weight"].dtype == torch.bfloat16

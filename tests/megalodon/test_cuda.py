@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def test_logits_and_gradients_equal_those_of_the_cpu() -> None:
+def test_logits_and_gradients_equal_those_of_the_cpu():
     on_cpu = tiny_model().double()
     on_gpu = copy.deepcopy(on_cpu).cuda()
     ids = torch.randint(0, 256, (2, 5 * CHUNK + 3))
@@ -29,7 +29,7 @@ def test_logits_and_gradients_equal_those_of_the_cpu() -> None:
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-8, atol=1e-8)
 
 
-def test_shipped_heads_run_in_the_flash_kernel() -> None:
+def test_shipped_heads_run_in_the_flash_kernel():
     with torch.device("cuda"):
         model = MegalodonForCausalLM(config_of_the_comparison(num_layers=1))
     ids = torch.randint(0, 256, (2, 512), device="cuda")
@@ -37,7 +37,7 @@ def test_shipped_heads_run_in_the_flash_kernel() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
 
 
-def test_training_forward_never_waits_for_the_device() -> None:
+def test_training_forward_never_waits_for_the_device():
     with torch.device("cuda"):
         model = MegalodonForCausalLM(config_of_the_comparison(num_layers=1)).train()
     ids = torch.randint(0, 256, (2, 512), device="cuda")

@@ -1,14 +1,13 @@
 """generate() in full: with the state and without it, every mode gives the same."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from megalodon import MegalodonCache, MegalodonForCausalLM, MegalodonTokenizer
+from megalodon import MegalodonCache, MegalodonTokenizer
 from megalodon.compat import CACHE_NAME
 
 from .models import CHUNK, tiny_model
@@ -19,29 +18,29 @@ NEW = CHUNK + 4  # crosses a chunk border wherever the prompt ends
 
 
 @pytest.fixture(scope="module")
-def model() -> MegalodonForCausalLM:
+def model():
     return tiny_model()
 
 
 @pytest.fixture
-def prompt() -> Tensor:
+def prompt():
     return torch.randint(0, 256, (2, 2 * CHUNK + 3), generator=torch.Generator().manual_seed(1))
 
 
-def padded(prompt: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def padded(prompt, lengths):
     """The last lengths[i] tokens of row i, left-padded with a token that is not neutral."""
     mask = torch.arange(prompt.shape[1]) >= prompt.shape[1] - torch.tensor(lengths).unsqueeze(1)
     return torch.where(mask, prompt, 7), mask.long()
 
 
-def step_logits(model: MegalodonForCausalLM, sequence: Tensor, prompt_length: int) -> Tensor:
+def step_logits(model, sequence, prompt_length):
     """The logits from which each generated token of sequence (B, L) was chosen, (B, new, V)."""
     with torch.no_grad():
         return model(sequence, use_cache=False).logits[:, prompt_length - 1 : -1]
 
 
 @torch.no_grad()
-def test_cached_logits_equal_uncached_for_splits_everywhere_around_two_chunk_borders() -> None:
+def test_cached_logits_equal_uncached_for_splits_everywhere_around_two_chunk_borders():
     model = tiny_model().double()
     ids = torch.randint(0, 256, (2, 3 * CHUNK + 1))
     whole = model(ids, use_cache=False).logits
@@ -55,9 +54,7 @@ def test_cached_logits_equal_uncached_for_splits_everywhere_around_two_chunk_bor
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_takes_the_likeliest_token(
-    model: MegalodonForCausalLM, prompt: Tensor, use_cache: bool
-) -> None:
+def test_greedy_takes_the_likeliest_token(model, prompt, use_cache):
     output = model.generate(prompt, max_new_tokens=NEW, do_sample=False, use_cache=use_cache)
     assert torch.equal(output[:, : prompt.shape[1]], prompt)
     assert output.shape[1] == prompt.shape[1] + NEW
@@ -77,9 +74,7 @@ def test_greedy_takes_the_likeliest_token(
     ],
     ids=str,
 )
-def test_every_mode_gives_the_same_without_the_state(
-    model: MegalodonForCausalLM, prompt: Tensor, options: dict[str, Any]
-) -> None:
+def test_every_mode_gives_the_same_without_the_state(model, prompt, options):
     options = {"max_new_tokens": NEW, "do_sample": True, **options}
     outputs = []
     for use_cache in (True, False):
@@ -94,9 +89,7 @@ def test_every_mode_gives_the_same_without_the_state(
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("lengths", [(2 * CHUNK + 3,) * 2, (3, 2 * CHUNK + 1)], ids=str)
-def test_beams_reorder_the_state(
-    model: MegalodonForCausalLM, prompt: Tensor, lengths: tuple[int, ...], sample: bool
-) -> None:
+def test_beams_reorder_the_state(model, prompt, lengths, sample):
     ids, mask = padded(prompt, lengths)
     outputs = []
     for use_cache in (True, False):
@@ -128,7 +121,7 @@ def test_beams_reorder_the_state(
             torch.testing.assert_close(cached.sequences_scores[i], total / NEW, rtol=0, atol=1e-5)
 
 
-def test_stop_strings(model: MegalodonForCausalLM, prompt: Tensor) -> None:
+def test_stop_strings(model, prompt):
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": list(range(128, 256))}
     plain = model.generate(prompt[:1], **options)
     new = plain[0, prompt.shape[1] :].tolist()
@@ -140,9 +133,7 @@ def test_stop_strings(model: MegalodonForCausalLM, prompt: Tensor) -> None:
     assert output[0, prompt.shape[1] :].tolist() == new[:end]
 
 
-def test_a_streamer_gets_every_token_once(
-    model: MegalodonForCausalLM, prompt: Tensor, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_streamer_gets_every_token_once(model, prompt, capsys):
     tokenizer = MegalodonTokenizer()
     output = model.generate(
         prompt[:1], max_new_tokens=NEW, do_sample=False, streamer=TextStreamer(tokenizer)
@@ -151,7 +142,7 @@ def test_a_streamer_gets_every_token_once(
 
 
 @torch.no_grad()
-def test_logits_to_keep_are_those_of_the_whole(model: MegalodonForCausalLM, prompt: Tensor) -> None:
+def test_logits_to_keep_are_those_of_the_whole(model, prompt):
     whole = model(prompt).logits
     assert torch.equal(model(prompt, logits_to_keep=0).logits, whole)
     for count in (1, 3, prompt.shape[1]):
@@ -163,9 +154,7 @@ def test_logits_to_keep_are_those_of_the_whole(model: MegalodonForCausalLM, prom
 
 
 @pytest.mark.parametrize("lengths", [(2 * CHUNK + 3,) * 2, (3, 2 * CHUNK + 1)], ids=str)
-def test_generation_goes_on_from_a_returned_state(
-    model: MegalodonForCausalLM, prompt: Tensor, lengths: tuple[int, ...]
-) -> None:
+def test_generation_goes_on_from_a_returned_state(model, prompt, lengths):
     """Three turns of a conversation, each prompt the whole text so far."""
     text, mask = padded(prompt, lengths)
     cache = None
@@ -189,12 +178,10 @@ def test_generation_goes_on_from_a_returned_state(
         mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
 
 
-def test_nothing_that_grows_is_handed_to_a_step(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
+def test_nothing_that_grows_is_handed_to_a_step(model, prompt):
     sizes = []
 
-    def watch(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def watch(_, args, kwargs):
         given = (*args, *kwargs.values())
         sizes.append(sum(part.numel() for part in given if isinstance(part, Tensor)))
 
@@ -207,9 +194,7 @@ def test_nothing_that_grows_is_handed_to_a_step(
 
 
 @torch.no_grad()
-def test_generation_goes_on_from_a_state_read_by_hand(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
+def test_generation_goes_on_from_a_state_read_by_hand(model, prompt):
     expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
     for count in (5, prompt.shape[1] - 1, prompt.shape[1]):
         cache = MegalodonCache(model.config)
@@ -232,9 +217,7 @@ def test_generation_goes_on_from_a_state_read_by_hand(
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": False}, {"prefill_chunk_size": 5}, {"num_beams": 2}], ids=str
 )
-def test_a_packed_prompt_goes_on_from_its_last_document(
-    model: MegalodonForCausalLM, prompt: Tensor, options: dict[str, Any]
-) -> None:
+def test_a_packed_prompt_goes_on_from_its_last_document(model, prompt, options):
     first, last = prompt[:1], prompt[1:, :5]
     count = first.shape[1]
     positions = torch.cat([torch.arange(count), torch.arange(5)])[None]
@@ -245,9 +228,7 @@ def test_a_packed_prompt_goes_on_from_its_last_document(
     assert torch.equal(output[:, count:], alone)
 
 
-def test_a_padded_and_packed_prompt_goes_on_from_its_last_documents(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
+def test_a_padded_and_packed_prompt_goes_on_from_its_last_documents(model, prompt):
     ids, mask = padded(prompt, (9, prompt.shape[1]))
     positions = torch.cat([torch.arange(prompt.shape[1] - 4), torch.arange(4)]).expand_as(ids)
     options = {"max_new_tokens": NEW, "do_sample": False}
@@ -255,16 +236,14 @@ def test_a_padded_and_packed_prompt_goes_on_from_its_last_documents(
     assert torch.equal(output[:, -NEW - 4 :], model.generate(prompt[:, -4:], **options))
 
 
-def test_generation_refuses_prompts_that_end_in_padding(
-    model: MegalodonForCausalLM, prompt: Tensor
-) -> None:
+def test_generation_refuses_prompts_that_end_in_padding(model, prompt):
     mask = torch.ones_like(prompt)
     mask[1, -2:] = 0
     with pytest.raises(ValueError, match=r"ends in padding, .* pad prompts on the left"):
         model.generate(prompt, attention_mask=mask, max_new_tokens=2)
 
 
-def test_a_state_made_in_inference_mode_serves_outside(prompt: Tensor) -> None:
+def test_a_state_made_in_inference_mode_serves_outside(prompt):
     model = tiny_model()
     expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
     cache = MegalodonCache(model.config)
@@ -276,7 +255,7 @@ def test_a_state_made_in_inference_mode_serves_outside(prompt: Tensor) -> None:
     model(prompt[:, -1:], cache=learning).logits.sum().backward()
 
 
-def test_embeddings_may_stand_for_the_prompt(model: MegalodonForCausalLM, prompt: Tensor) -> None:
+def test_embeddings_may_stand_for_the_prompt(model, prompt):
     expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
     embeddings = model.get_input_embeddings()(prompt).detach()
     output = model.generate(inputs_embeds=embeddings, max_new_tokens=NEW, do_sample=False)
@@ -284,9 +263,7 @@ def test_embeddings_may_stand_for_the_prompt(model: MegalodonForCausalLM, prompt
 
 
 class TestBadInput:
-    def test_other_kinds_of_cache_are_refused(
-        self, model: MegalodonForCausalLM, prompt: Tensor
-    ) -> None:
+    def test_other_kinds_of_cache_are_refused(self, model, prompt):
         from transformers import DynamicCache
 
         for kind in ("static", "dynamic", "offloaded"):
@@ -295,9 +272,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="DynamicCache"):
             model.generate(prompt, max_new_tokens=3, cache=DynamicCache())
 
-    def test_a_state_of_another_text_or_batch_is_refused(
-        self, model: MegalodonForCausalLM, prompt: Tensor
-    ) -> None:
+    def test_a_state_of_another_text_or_batch_is_refused(self, model, prompt):
         cache = model(prompt[:, :5], use_cache=True).cache
         with pytest.raises(ValueError, match="holds 2 rows and the input has 1"):
             model.generate(prompt[:1], cache=cache, max_new_tokens=3)
@@ -305,9 +280,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"do not continue the cache|mask has shape"):
             model.generate(prompt[:, :3], cache=cache, max_new_tokens=3)
 
-    def test_unknown_arguments_are_refused(
-        self, model: MegalodonForCausalLM, prompt: Tensor
-    ) -> None:
+    def test_unknown_arguments_are_refused(self, model, prompt):
         with pytest.raises(ValueError, match="segment_ids"):
             model.generate(prompt, max_new_tokens=3, segment_ids=prompt)
         with pytest.raises(TypeError, match="segment_ids"):

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
 
-from megalodon import MegalodonCache, MegalodonForCausalLM, modules
+from megalodon import MegalodonCache, modules
 from megalodon.ops.cema import cema_reference
 from megalodon.ops.timestep_norm import timestep_norm_reference
 
@@ -14,14 +13,12 @@ from .gradients import flatten
 from .models import CHUNK, tiny_model
 
 
-def make_text(length: int, rows: int = 1) -> Tensor:
+def make_text(length, rows=1):
     return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(7))
 
 
 @torch.no_grad()
-def stream(
-    model: MegalodonForCausalLM, text: Tensor, pieces: list[int]
-) -> tuple[Tensor, MegalodonCache]:
+def stream(model, text, pieces):
     """The logits of the last 16 tokens, which the last piece holds, and the state after them."""
     cache = MegalodonCache(model.config)
     for piece in text.split(pieces, dim=1):
@@ -29,13 +26,13 @@ def stream(
     return logits, cache
 
 
-def cut(length: int, size: int) -> list[int]:
+def cut(length, size):
     """Pieces of one size; the last takes what is left, and at least 16 tokens."""
     count = (length - 16) // size
     return [size] * count + [length - count * size]
 
 
-def test_any_cut_of_a_long_text_gives_the_same_logits() -> None:
+def test_any_cut_of_a_long_text_gives_the_same_logits():
     model, text = tiny_model(), make_text(30_000)
     whole, _ = stream(model, text, [30_000])
     odd = [1, 2, CHUNK, 31, 32, 33, 4095, 4096, 5000]
@@ -46,7 +43,7 @@ def test_any_cut_of_a_long_text_gives_the_same_logits() -> None:
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
 
 
-def test_the_state_of_a_long_prefill_is_that_of_feeding_token_by_token() -> None:
+def test_the_state_of_a_long_prefill_is_that_of_feeding_token_by_token():
     model, text = tiny_model(), make_text(1003, rows=2)
     _, prefilled = stream(model, text, [1003])
     _, fed = stream(model, text, [1] * 1003)
@@ -64,11 +61,11 @@ def test_the_state_of_a_long_prefill_is_that_of_feeding_token_by_token() -> None
     torch.testing.assert_close(prefilled.final_norm, fed.final_norm, rtol=0, atol=1e-6)
 
 
-def saved_bytes(model: MegalodonForCausalLM, length: int) -> int:
+def saved_bytes(model, length):
     """What the forward pass of a training step keeps for its backward, which runs as well."""
-    kept: dict[int, int] = {}
+    kept = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor):
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -82,9 +79,7 @@ def saved_bytes(model: MegalodonForCausalLM, length: int) -> int:
 
 
 @pytest.mark.parametrize("chunk_size", [256, 2048])
-def test_memory_of_training_is_linear_in_the_length_and_checkpointing_lowers_it(
-    chunk_size: int,
-) -> None:
+def test_memory_of_training_is_linear_in_the_length_and_checkpointing_lowers_it(chunk_size):
     model = tiny_model(chunk_size=chunk_size, num_layers=3).train()
     short, long = saved_bytes(model, 4096), saved_bytes(model, 8192)
     assert 1.8 * short < long < 2.1 * short
@@ -98,16 +93,14 @@ MILLION = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def after_a_million() -> tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache]:
+def after_a_million():
     """A tiny model, a text of a million tokens, and the last logits and the state after it."""
     model = tiny_model(num_layers=1, model_dim=16, value_dim=16, ffn_hidden_dim=16)
     text = make_text(MILLION)
     return (model, text, *stream(model, text, cut(MILLION, 50_000)))
 
 
-def test_the_state_after_a_million_tokens_is_as_small_as_after_ten(
-    after_a_million: tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache],
-) -> None:
+def test_the_state_after_a_million_tokens_is_as_small_as_after_ten(after_a_million):
     model, text, _, cache = after_a_million
     _, early = stream(model, text[:, :16], [16])
     assert (cache.positions, early.positions) == (MILLION, 16)
@@ -116,9 +109,7 @@ def test_the_state_after_a_million_tokens_is_as_small_as_after_ten(
 
 
 @torch.no_grad()
-def test_generation_goes_on_past_a_million_tokens(
-    after_a_million: tuple[MegalodonForCausalLM, Tensor, Tensor, MegalodonCache],
-) -> None:
+def test_generation_goes_on_past_a_million_tokens(after_a_million):
     model, _, _, cache = after_a_million
     byhand = copy.deepcopy(cache)
     output = model.generate(
@@ -138,7 +129,7 @@ def test_generation_goes_on_past_a_million_tokens(
     assert cache.nbytes == byhand.nbytes
 
 
-def literal(monkeypatch: pytest.MonkeyPatch) -> None:
+def literal(monkeypatch):
     """Let the model's norms and averages run as they are defined, step after step."""
     monkeypatch.setattr(
         modules,
@@ -158,9 +149,7 @@ def literal(monkeypatch: pytest.MonkeyPatch) -> None:
     "length",
     [2_000, pytest.param(MILLION, marks=pytest.mark.slow)],  # the latter: ten minutes
 )
-def test_the_last_logits_of_a_long_text_are_those_of_the_float64_reference(
-    length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_logits_of_a_long_text_are_those_of_the_float64_reference(length, monkeypatch):
     model, text = tiny_model(num_layers=1), make_text(length)
     logits, _ = stream(model, text, cut(length, 4096))
     model.double()

@@ -3,11 +3,10 @@
 import copy
 import math
 import pickle
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
 from megalodon.ops.cema import BLOCK
@@ -23,18 +22,18 @@ RELEASED = {
 }
 
 
-def count(model: nn.Module) -> int:
+def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_sizes(name: str) -> None:
+def test_released_sizes(name):
     with torch.device("meta"):
         assert count(MegalodonForCausalLM(getattr(MegalodonConfig, name)())) == RELEASED[name]
 
 
 @torch.no_grad()
-def test_changing_a_token_never_changes_a_logit_before_it() -> None:
+def test_changing_a_token_never_changes_a_logit_before_it():
     model = tiny_model().double()
     ids = torch.randint(0, 256, (1, 3 * CHUNK + 3))
     base = model(ids).logits
@@ -48,7 +47,7 @@ def test_changing_a_token_never_changes_a_logit_before_it() -> None:
 
 
 @torch.no_grad()
-def after_a_prompt() -> tuple[MegalodonForCausalLM, Tensor, MegalodonCache]:
+def after_a_prompt():
     model = tiny_model()
     ids = torch.randint(0, 256, (1, BLOCK + 1))
     cache = MegalodonCache(model.config)
@@ -59,9 +58,7 @@ def after_a_prompt() -> tuple[MegalodonForCausalLM, Tensor, MegalodonCache]:
 @pytest.mark.parametrize("between", ["a longer piece", "a call with gradients", "map", "a copy"])
 @pytest.mark.parametrize("few", [1, 3])
 @torch.no_grad()
-def test_decoding_goes_on_with_changed_weights_where_something_else_lies_between(
-    between: str, few: int
-) -> None:
+def test_decoding_goes_on_with_changed_weights_where_something_else_lies_between(between, few):
     model, ids, cache = after_a_prompt()
     model.requires_grad_(False)  # for a cache without a graph, which can be copied
     model(ids[:, :few], cache=cache)  # keeps what it multiplies with
@@ -83,7 +80,7 @@ def test_decoding_goes_on_with_changed_weights_where_something_else_lies_between
 
 
 @torch.no_grad()
-def test_a_cache_keeps_what_few_tokens_are_multiplied_with_until_something_else_runs() -> None:
+def test_a_cache_keeps_what_few_tokens_are_multiplied_with_until_something_else_runs():
     model, ids, cache = after_a_prompt()
     cemas = {(layer.cema, one) for layer in model.model.layers for one in (True, False)}
     assert not cache.kept
@@ -106,7 +103,7 @@ def test_a_cache_keeps_what_few_tokens_are_multiplied_with_until_something_else_
 
 
 @torch.no_grad()
-def test_a_cache_that_goes_on_with_another_model_takes_what_is_that_models() -> None:
+def test_a_cache_that_goes_on_with_another_model_takes_what_is_that_models():
     model, ids, cache = after_a_prompt()
     model(ids[:, :1], cache=cache)
     other = copy.deepcopy(model)
@@ -117,7 +114,7 @@ def test_a_cache_that_goes_on_with_another_model_takes_what_is_that_models() -> 
     assert not torch.equal(found, model(ids[:, :1], cache=copy.deepcopy(before)).logits)
 
 
-def test_gradients_flow_through_the_cache() -> None:
+def test_gradients_flow_through_the_cache():
     model = tiny_model().double()
     ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
     gradients = []
@@ -132,7 +129,7 @@ def test_gradients_flow_through_the_cache() -> None:
         torch.testing.assert_close(other, gradients[0], rtol=1e-8, atol=1e-8)
 
 
-def test_detached_cache_stops_gradients() -> None:
+def test_detached_cache_stops_gradients():
     model = tiny_model()
     ids = torch.randint(0, 256, (1, CHUNK))
     cache = model(ids, use_cache=True).cache
@@ -159,10 +156,10 @@ def test_detached_cache_stops_gradients() -> None:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_every_option_changes_the_model_and_trains(options: dict[str, Any]) -> None:
+def test_every_option_changes_the_model_and_trains(options):
     ids = torch.randint(0, 256, (2, CHUNK + 1))
 
-    def logits(config: MegalodonConfig) -> Tensor:
+    def logits(config):
         torch.manual_seed(0)
         model = MegalodonForCausalLM(config)
         randomize(model)
@@ -176,7 +173,7 @@ def test_every_option_changes_the_model_and_trains(options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "hidden_dropout"])
-def test_dropouts_act_in_training_only(name: str) -> None:
+def test_dropouts_act_in_training_only(name):
     model = tiny_model(**{name: 0.5})
     ids = torch.randint(0, 256, (2, CHUNK + 1))
     torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
@@ -186,7 +183,7 @@ def test_dropouts_act_in_training_only(name: str) -> None:
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_second_hop_leaves_out_the_first() -> None:
+def test_second_hop_leaves_out_the_first():
     """With W_2 and b_2 zero a block is the identity: the residual of the FFN is its input."""
     model = tiny_model()
     for layer in model.model.layers:
@@ -197,7 +194,7 @@ def test_second_hop_leaves_out_the_first() -> None:
     torch.testing.assert_close(states[0], states[-2], rtol=0, atol=0)
 
 
-def test_initialisation_follows_the_paper() -> None:
+def test_initialisation_follows_the_paper():
     torch.manual_seed(0)
     model = MegalodonForCausalLM(config_of_the_comparison(num_layers=1, tie_word_embeddings=False))
     layer, dim = model.model.layers[0], 384
@@ -233,7 +230,7 @@ def test_initialisation_follows_the_paper() -> None:
         ("none", (3 * 384) ** -0.5),
     ],
 )
-def test_init_modes(mode: str, std: float) -> None:
+def test_init_modes(mode, std):
     torch.manual_seed(0)
     config = config_of_the_comparison(num_layers=1, init_mode=mode, rescale_nffn=True)
     layer = MegalodonForCausalLM(config).model.layers[0]
@@ -242,7 +239,7 @@ def test_init_modes(mode: str, std: float) -> None:
     assert layer.ffn.alpha.unique().tolist() == pytest.approx([0.1])
 
 
-def test_bfloat16_stays_close_to_float32() -> None:
+def test_bfloat16_stays_close_to_float32():
     model = tiny_model()
     ids = torch.randint(0, 256, (2, 3 * CHUNK))
     expected = model(ids).logits
@@ -253,28 +250,28 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
 
 class TestBadInput:
-    def test_ids_outside_the_vocabulary(self) -> None:
+    def test_ids_outside_the_vocabulary(self):
         for bad in (256, -1):
             with pytest.raises(ValueError, match="outside the vocabulary of 256"):
                 tiny_model()(torch.tensor([[0, bad]]))
 
-    def test_cache_of_another_model(self) -> None:
+    def test_cache_of_another_model(self):
         cache = MegalodonCache(tiny_config(num_layers=1))
         with pytest.raises(ValueError, match=r"another model: its num_layers is 1"):
             tiny_model()(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
-    def test_mask_of_the_wrong_shape(self) -> None:
+    def test_mask_of_the_wrong_shape(self):
         ids = torch.zeros(1, 4, dtype=torch.long)
         for shape in [(1, 3), (2, 4), (1, 1, 4, 4)]:
             with pytest.raises(ValueError, match="attention_mask has shape"):
                 tiny_model()(ids, attention_mask=torch.ones(shape))
 
-    def test_positions_of_the_wrong_shape(self) -> None:
+    def test_positions_of_the_wrong_shape(self):
         ids = torch.zeros(1, 4, dtype=torch.long)
         with pytest.raises(ValueError, match="position_ids has shape"):
             tiny_model()(ids, position_ids=torch.arange(3)[None])
 
-    def test_positions_that_do_not_continue_the_cache(self) -> None:
+    def test_positions_that_do_not_continue_the_cache(self):
         model = tiny_model()
         cache = model(torch.zeros(1, 4, dtype=torch.long), use_cache=True).cache
         with pytest.raises(ValueError, match="do not continue the cache"):
@@ -284,7 +281,7 @@ class TestBadInput:
                 position_ids=torch.tensor([[7, 8]]),
             )
 
-    def test_neither_or_both_inputs(self) -> None:
+    def test_neither_or_both_inputs(self):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             tiny_model()()
 
@@ -300,6 +297,6 @@ class TestBadInput:
             ("rope_base", math.nan),
         ],
     )
-    def test_impossible_sizes(self, key: str, value: Any) -> None:
+    def test_impossible_sizes(self, key, value):
         with pytest.raises(Exception, match=key):
             tiny_config(**{key: value})

@@ -1,13 +1,9 @@
 """A row is worth the same whatever stands beside it: padding and packing change nothing."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from megalodon import MegalodonForCausalLM
 from megalodon.ops import cema
 
 from .models import CHUNK, tiny_model
@@ -20,12 +16,12 @@ LENGTHS = [
 ]
 
 
-def texts(lengths: list[int], seed: int = 0) -> list[Tensor]:
+def texts(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (n,), generator=generator) for n in lengths]
 
 
-def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+def pad(rows, side):
     """Rows padded with a token that is not neutral, and their mask."""
     width = max(len(row) for row in rows)
     ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.long)
@@ -35,13 +31,13 @@ def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def random_lengths(seed: int, count: int, longest: int) -> list[int]:
+def random_lengths(seed, count, longest):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(1, longest + 1, (count,), generator=generator)).tolist()
 
 
 @pytest.fixture(params=["small blocks", "shipped blocks"])
-def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MegalodonForCausalLM:
+def model(request, monkeypatch):
     """With CEMA blocks of 4 as well, so that short texts have many of them."""
     if request.param == "small blocks":
         monkeypatch.setattr(cema, "BLOCK", 4)
@@ -52,7 +48,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Me
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_logit(model: MegalodonForCausalLM, side: str, seed: int) -> None:
+def test_padding_changes_no_logit(model, side, seed):
     rows = texts(LENGTHS[seed] + random_lengths(seed, 3, 4 * CHUNK))
     ids, mask = pad(rows, side)
     logits = model(ids, attention_mask=mask).logits
@@ -63,7 +59,7 @@ def test_padding_changes_no_logit(model: MegalodonForCausalLM, side: str, seed: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
-def test_padding_anywhere_and_continued_in_pieces(model: MegalodonForCausalLM, seed: int) -> None:
+def test_padding_anywhere_and_continued_in_pieces(model, seed):
     """Holes inside rows, pieces of any size, rows that get nothing in a piece."""
     generator = torch.Generator().manual_seed(seed)
     width = 6 * CHUNK
@@ -88,9 +84,7 @@ def test_padding_anywhere_and_continued_in_pieces(model: MegalodonForCausalLM, s
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
-def test_left_padded_greedy_generation_equals_each_prompt_alone(
-    model: MegalodonForCausalLM, seed: int
-) -> None:
+def test_left_padded_greedy_generation_equals_each_prompt_alone(model, seed):
     rows = texts(random_lengths(seed + 10, 4, 3 * CHUNK), seed)
     ids, mask = pad(rows, "left")
     together = model.generate(
@@ -102,7 +96,7 @@ def test_left_padded_greedy_generation_equals_each_prompt_alone(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_packed_documents_equal_the_documents_alone(model: MegalodonForCausalLM, seed: int) -> None:
+def test_packed_documents_equal_the_documents_alone(model, seed):
     """Logits, loss and gradients; two rows of several documents each."""
     model = model.double()
     rows = [texts(random_lengths(seed + 20, 5, 3 * CHUNK), seed) for _ in range(2)]
@@ -136,7 +130,7 @@ def test_packed_documents_equal_the_documents_alone(model: MegalodonForCausalLM,
 
 
 @torch.no_grad()
-def test_a_packed_row_goes_on_from_its_last_document(model: MegalodonForCausalLM) -> None:
+def test_a_packed_row_goes_on_from_its_last_document(model):
     first, second = texts([2 * CHUNK + 3, CHUNK + 5])
     ids = torch.cat([first, second])[None]
     positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None]
@@ -148,16 +142,14 @@ def test_a_packed_row_goes_on_from_its_last_document(model: MegalodonForCausalLM
 
 
 @torch.no_grad()
-def test_a_new_document_may_begin_with_a_cache_in_hand(model: MegalodonForCausalLM) -> None:
+def test_a_new_document_may_begin_with_a_cache_in_hand(model):
     first, second = texts([2 * CHUNK + 3, CHUNK + 5])
     cache = model(first[None], use_cache=True).cache
     found = model(second[None], cache=cache, position_ids=torch.arange(len(second))[None]).logits
     torch.testing.assert_close(found, model(second[None]).logits, rtol=0, atol=1e-5)
 
 
-def test_right_padding_in_training_gives_the_gradients_of_the_rows_alone(
-    model: MegalodonForCausalLM,
-) -> None:
+def test_right_padding_in_training_gives_the_gradients_of_the_rows_alone(model):
     model = model.double()
     rows = texts([3 * CHUNK + 1, 5, CHUNK])
     ids, mask = pad(rows, "right")
@@ -171,7 +163,7 @@ def test_right_padding_in_training_gives_the_gradients_of_the_rows_alone(
     torch.testing.assert_close(gradients, alone, rtol=0, atol=1e-6)
 
 
-def test_plain_rows_take_the_plain_path() -> None:
+def test_plain_rows_take_the_plain_path():
     """A mask of ones and positions that count up build no index maps at all."""
     model = tiny_model()
     ids = torch.randint(0, 256, (2, 9))
@@ -186,7 +178,7 @@ class TestArgumentsOfFlashAttention:
 
     SIZES = (CHUNK + 3, 1, 2 * CHUNK, 5)
 
-    def batch(self, **options: bool) -> dict[str, Any]:
+    def batch(self, **options):
         documents = [{"input_ids": text.tolist()} for text in texts(list(self.SIZES))]
         return dict(DataCollatorWithFlattening(**options)(documents))
 
@@ -200,7 +192,7 @@ class TestArgumentsOfFlashAttention:
         ],
         ids=str,
     )
-    def test_they_give_what_positions_give(self, options: dict[str, bool]) -> None:
+    def test_they_give_what_positions_give(self, options):
         """To the bit, gradients too; the labels are the texts, whose first bytes are left out."""
         model = tiny_model()
         plain, batch = self.batch(), self.batch(**options)
@@ -236,7 +228,7 @@ class TestArgumentsOfFlashAttention:
         ],
         ids=str,
     )
-    def test_contradictions_are_refused(self, changes: dict[str, Any], message: str) -> None:
+    def test_contradictions_are_refused(self, changes, message):
         batch = self.batch(return_flash_attn_kwargs=True)
         batch.pop("position_ids")
         for key, value in changes.items():
@@ -250,7 +242,7 @@ class TestArgumentsOfFlashAttention:
             with pytest.raises(ValueError, match=message):
                 part(**batch)
 
-    def test_what_holds_in_any_case_may_be_said(self) -> None:
+    def test_what_holds_in_any_case_may_be_said(self):
         model, (ids, *_) = tiny_model(), texts([5])
         said = {"is_causal": True, "output_router_logits": False, "cu_seq_lens_q": None}
         assert torch.equal(model(ids[None], **said).logits, model(ids[None]).logits)

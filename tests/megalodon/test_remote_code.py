@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,9 +41,7 @@ tokenizer.save_pretrained(again)
 """
 
 
-def test_a_program_that_imports_nothing_loads_and_saves_or_is_told_what_to_install(
-    tmp_path: Path,
-) -> None:
+def test_a_program_that_imports_nothing_loads_and_saves_or_is_told_what_to_install(tmp_path):
     model, saved, again, llama = (tiny_model(), *(tmp_path / name for name in ("a", "b", "llama")))
     model.save_pretrained(saved)
     MegalodonTokenizer().save_pretrained(saved)
@@ -88,9 +84,7 @@ def test_a_program_that_imports_nothing_loads_and_saves_or_is_told_what_to_insta
     assert tokenizers[0]["auto_map"] == tokenizers[1]["auto_map"]
 
 
-def test_a_config_that_is_pushed_alone_is_pushed_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_config_that_is_pushed_alone_is_pushed_whole(tmp_path, monkeypatch):
     """transformers sends the files that are new since a moment before which ours is written."""
     push = Mock()
     monkeypatch.setattr(MegalodonConfig, "push_to_hub", push)

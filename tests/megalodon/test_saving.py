@@ -1,13 +1,10 @@
 """save_pretrained and from_pretrained: the same model again, and the precision it needs."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from megalodon import MegalodonConfig, MegalodonForCausalLM, MegalodonModel
@@ -20,7 +17,7 @@ SENSITIVE = ("timestep_norm", "cema", "rms_norm", "query_key", "ffn_norm", "fina
 IDS = torch.randint(0, 256, (2, 2 * CHUNK + 1), generator=torch.Generator().manual_seed(0))
 
 
-def files_of(folder: Path) -> dict[str, Tensor]:
+def files_of(folder):
     """Every tensor in the folder's safetensors files."""
     return {
         name: tensor
@@ -29,7 +26,7 @@ def files_of(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def is_sensitive(name: str) -> bool:
+def is_sensitive(name):
     return any(part in name for part in SENSITIVE)
 
 
@@ -38,9 +35,7 @@ def is_sensitive(name: str) -> bool:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_model_comes_back_bit_for_bit(
-    tmp_path: Path, tied: bool, dtype: torch.dtype, sharded: bool
-) -> None:
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path, tied, dtype, sharded):
     model = tiny_model(tie_word_embeddings=tied, rescale_nffn=True).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size="20KB" if sharded else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) is sharded
@@ -67,7 +62,7 @@ def test_a_saved_model_comes_back_bit_for_bit(
 
 @quiet
 @torch.no_grad()
-def test_loading_in_bfloat16_leaves_sensitive_parameters_as_they_are(tmp_path: Path) -> None:
+def test_loading_in_bfloat16_leaves_sensitive_parameters_as_they_are(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     short = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -82,14 +77,14 @@ def test_loading_in_bfloat16_leaves_sensitive_parameters_as_they_are(tmp_path: P
 
 
 @quiet
-def test_loading_in_float32_widens_everything(tmp_path: Path) -> None:
+def test_loading_in_float32_widens_everything(tmp_path):
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
 @quiet
-def test_config_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_config_comes_back_as_it_was(tmp_path):
     config = tiny_config(
         vocab_size=300,
         norm_eps=1e-4,
@@ -116,7 +111,7 @@ def test_config_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @quiet
 @torch.no_grad()
-def test_the_body_loads_from_the_whole_and_the_whole_from_itself(tmp_path: Path) -> None:
+def test_the_body_loads_from_the_whole_and_the_whole_from_itself(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "whole")
     body = AutoModel.from_pretrained(tmp_path / "whole")
@@ -129,7 +124,7 @@ def test_the_body_loads_from_the_whole_and_the_whole_from_itself(tmp_path: Path)
 
 
 @quiet
-def test_a_tied_state_dict_needs_the_matrix_once() -> None:
+def test_a_tied_state_dict_needs_the_matrix_once():
     for tied in (True, False):
         model = tiny_model(tie_word_embeddings=tied)
         state = model.state_dict()
@@ -145,12 +140,12 @@ def test_a_tied_state_dict_needs_the_matrix_once() -> None:
 
 
 @quiet
-def test_float16_is_refused_wherever_it_is_asked_for(tmp_path: Path) -> None:
+def test_float16_is_refused_wherever_it_is_asked_for(tmp_path):
     tiny_model().save_pretrained(tmp_path / "saved")
     tiny_model().save_pretrained(tmp_path / "short")
     path = tmp_path / "short" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
-    refused: list[Callable[[], object]] = [
+    refused = [
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float16),
         lambda: AutoModel.from_pretrained(tmp_path / "saved", dtype="float16"),
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "short"),
@@ -168,7 +163,7 @@ def test_float16_is_refused_wherever_it_is_asked_for(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "short", dtype=torch.float32)
 
 
-def test_parameters_missing_from_a_file_are_initialised_and_named(tmp_path: Path) -> None:
+def test_parameters_missing_from_a_file_are_initialised_and_named(tmp_path):
     model = MegalodonForCausalLM(tiny_config(rescale_nffn=True))
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -178,7 +173,7 @@ def test_parameters_missing_from_a_file_are_initialised_and_named(tmp_path: Path
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     again, report = MegalodonForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert sorted(report["missing_keys"]) == sorted(gone)
-    layer: nn.Module = again.model.layers[1]
+    layer = again.model.layers[1]
     assert not layer.timestep_norm.weight.any()
     assert 0.1 < layer.cema.alpha.std() < 0.3
     frequencies = layer.cema.theta.sigmoid().sort().values

@@ -16,7 +16,7 @@ from megalodon.ops.scan import (
 @pytest.mark.parametrize(
     "blocks", [*range(1, GROUP + 2), 3 * GROUP, 3 * GROUP + 5, GROUP**2 + GROUP + 3]
 )
-def test_scan_equals_the_recurrence(blocks: int, with_documents: bool, reverse: bool) -> None:
+def test_scan_equals_the_recurrence(blocks, with_documents, reverse):
     torch.manual_seed(0)
     s = torch.randn(3, 2, blocks, 4, dtype=torch.complex128)
     document = (torch.rand(2, blocks) < 0.2).cumsum(1) if with_documents else None
@@ -31,7 +31,7 @@ def test_scan_equals_the_recurrence(blocks: int, with_documents: bool, reverse: 
     torch.testing.assert_close(s, expected, rtol=0, atol=1e-10)
 
 
-def test_powers_of_q_are_exact_in_float32() -> None:
+def test_powers_of_q_are_exact_in_float32():
     """Angles of up to 32 turns, and behind a jump of up to 15, are rounded to 2^-24 of themselves;
     an angle of jumps that were not reduced would be off by a thousand times as much."""
     jump = 2**15
@@ -45,7 +45,7 @@ def test_powers_of_q_are_exact_in_float32() -> None:
 
 @pytest.mark.parametrize("exponent", [1, 7, 32])
 @pytest.mark.parametrize("scale", [1, 32, 2**20])
-def test_powers_are_exact_in_float32_for_large_scales(scale: int, exponent: int) -> None:
+def test_powers_are_exact_in_float32_for_large_scales(scale, exponent):
     turns = torch.rand(50)
     log_rho = -torch.rand(50) / (scale * exponent)
     log_q = torch.stack([log_rho, turns], dim=-1)

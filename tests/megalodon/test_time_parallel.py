@@ -1,18 +1,15 @@
 """Processes that share a sequence along time compute what one computes alone."""
 
 import copy
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from megalodon import MegalodonForCausalLM
 from megalodon.ops.cema import cema, cema_coefficients, cema_reference
 from megalodon.ops.timestep_norm import timestep_norm, timestep_norm_reference
 from megalodon.time_parallel import TimeGroup
@@ -25,16 +22,15 @@ WORKER = Path(__file__).with_name("time_parallel_worker.py")
 PARTS = 3
 
 Result = TypeVar("Result")
-Op = Callable[[Tensor, list[Tensor], TimeGroup | None], Tensor]
 
 
 class InThread(TimeGroup):
     """A part that a thread of this process holds."""
 
-    def __init__(self, rank: int, barrier: Barrier, slots: list[Tensor]) -> None:
+    def __init__(self, rank, barrier, slots):
         self.rank, self.size, self.barrier, self.slots = rank, PARTS, barrier, slots
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x):
         self.slots[self.rank] = x
         self.barrier.wait(20)
         found = torch.stack(self.slots)
@@ -42,27 +38,25 @@ class InThread(TimeGroup):
         return found
 
 
-def side_by_side(run: Callable[[InThread], Result]) -> list[Result]:
+def side_by_side(run):
     """What each part makes of it, all at once."""
     barrier, slots = Barrier(PARTS), [torch.empty(0)] * PARTS
     with ThreadPoolExecutor(PARTS) as pool:
         return list(pool.map(run, [InThread(rank, barrier, slots) for rank in range(PARTS)]))
 
 
-def values_and_gradients(
-    op: Op, x: Tensor, leaves: list[Tensor], weight: Tensor, time: TimeGroup | None = None
-) -> list[Tensor]:
+def values_and_gradients(op, x, leaves, weight, time=None):
     x, *leaves = (t.detach().clone().requires_grad_() for t in (x, *leaves))
     y = op(x, leaves, time)
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *leaves])]
 
 
-def check(op: Op, reference: Op, x: Tensor, leaves: list[Tensor]) -> None:
+def check(op, reference, x, leaves):
     """The parts' values, and gradients of the sum of their losses, against those of the whole."""
     weight = torch.randn_like(x)
     wanted = values_and_gradients(reference, x, leaves, weight)
 
-    def run(time: InThread) -> list[Tensor]:
+    def run(time):
         mine, its_weight = (t.chunk(PARTS, dim=1)[time.rank] for t in (x, weight))
         return values_and_gradients(op, mine, leaves, its_weight, time)
 
@@ -72,11 +66,11 @@ def check(op: Op, reference: Op, x: Tensor, leaves: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 96, 17 * 32])
-def test_a_moving_average_in_parts_is_that_of_the_whole(length: int) -> None:
-    def op(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
+def test_a_moving_average_in_parts_is_that_of_the_whole(length):
+    def op(x, leaves, time):
         return cema(x, cema_coefficients(*leaves), return_state=False, time=time)[0]
 
-    def reference(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
+    def reference(x, leaves, time):
         return cema_reference(x, cema_coefficients(*leaves))[0]
 
     leaves = list(parameters(6, 3, torch.float64))
@@ -84,20 +78,18 @@ def test_a_moving_average_in_parts_is_that_of_the_whole(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 9])
-def test_a_norm_in_parts_is_that_of_the_whole(length: int) -> None:
-    def op(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
+def test_a_norm_in_parts_is_that_of_the_whole(length):
+    def op(x, leaves, time):
         return timestep_norm(x, leaves[0], leaves[1], 4, time=time)[0]
 
-    def reference(x: Tensor, leaves: list[Tensor], time: TimeGroup | None) -> Tensor:
+    def reference(x, leaves, time):
         return timestep_norm_reference(x, leaves[0], leaves[1], 4)[0]
 
     x = torch.randn(2, PARTS * length, 12, dtype=torch.float64) + 5
     check(op, reference, x, list(torch.randn(2, 12, dtype=torch.float64)))
 
 
-def logits_and_gradients(
-    model: MegalodonForCausalLM, text: Tensor, time: TimeGroup | None = None
-) -> tuple[Tensor, list[Tensor]]:
+def logits_and_gradients(model, text, time=None):
     """Of the sum of losses, by a model of one's own; of a part of the text, or of all of it."""
     model = copy.deepcopy(model)
     model.set_time_group(time)
@@ -120,13 +112,11 @@ def logits_and_gradients(
     ],
 )
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_logits_and_gradients_are_those_of_one_process(
-    chunks: int, dtype: torch.dtype, bound: float, autocast: bool, options: dict[str, Any]
-) -> None:
+def test_logits_and_gradients_are_those_of_one_process(chunks, dtype, bound, autocast, options):
     model = tiny_model(**options).to(dtype).train()
     text = torch.randint(256, (2, PARTS * chunks * CHUNK + 1))
 
-    def run(time: TimeGroup | None) -> tuple[Tensor, list[Tensor]]:
+    def run(time):
         with torch.autocast("cpu", enabled=autocast):  # a thread's own
             return logits_and_gradients(model, text, time)
 
@@ -137,11 +127,11 @@ def test_logits_and_gradients_are_those_of_one_process(
         assert (sum(parts) - want).norm() <= bound * (1 + want.norm())
 
 
-def test_what_cannot_be_shared_is_refused_by_all() -> None:
+def test_what_cannot_be_shared_is_refused_by_all():
     model = tiny_model()
     ids = torch.zeros(1, 2 * CHUNK, dtype=torch.int64)
 
-    def run(time: InThread) -> None:
+    def run(time):
         mine = copy.deepcopy(model)
         mine.set_time_group(time)
         with pytest.raises(ValueError, match="all must be of one length"):
@@ -162,6 +152,6 @@ def test_what_cannot_be_shared_is_refused_by_all() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_share_a_sequence_too() -> None:
+def test_compiled_layers_share_a_sequence_too():
     code, said = outcome(torchrun(2, WORKER))
     assert code == 0, said

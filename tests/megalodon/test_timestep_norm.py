@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import Tensor
 
 from megalodon.ops.timestep_norm import (
     TimestepNormState,
@@ -16,7 +15,7 @@ LENGTHS = [1, 7, 8, 9, 24, 31]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def some_state(batch: int, groups: int) -> TimestepNormState:
+def some_state(batch, groups):
     return TimestepNormState(
         torch.tensor([5, 1000])[:batch],
         torch.randn(batch, groups, dtype=torch.float64),
@@ -27,15 +26,15 @@ def some_state(batch: int, groups: int) -> TimestepNormState:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_fast_form_equals_step_by_step(length: int, with_state: bool, dtype: torch.dtype) -> None:
+def test_fast_form_equals_step_by_step(length, with_state, dtype):
     torch.manual_seed(0)
     batch, dim, groups = 2, 12, 3
     x = torch.randn(batch, length, dim, dtype=dtype) * 2 + 1
     weight, bias = torch.randn(dim, dtype=dtype), torch.randn(dim, dtype=dtype)
     count, *rest = some_state(batch, groups)
 
-    def run(operation):  # type: ignore[no-untyped-def]
-        def function(x: Tensor, weight: Tensor, bias: Tensor, *state: Tensor):  # type: ignore[no-untyped-def]
+    def run(operation):
+        def function(x, weight, bias, *state):
             given = TimestepNormState(count, *state) if state else None
             return operation(x, weight, bias, groups, 1e-5, given)
 
@@ -45,14 +44,14 @@ def test_fast_form_equals_step_by_step(length: int, with_state: bool, dtype: tor
     assert_same(run(timestep_norm), run(timestep_norm_reference), inputs, TOLERANCE[dtype])
 
 
-def test_first_step_is_group_norm() -> None:
+def test_first_step_is_group_norm():
     x = torch.randn(4, 1, 12, dtype=torch.float64)
     y, _ = timestep_norm(x, torch.zeros(12), torch.zeros(12), 3)
     expected = torch.nn.functional.group_norm(x[:, 0], 3)
     torch.testing.assert_close(y[:, 0], expected)
 
 
-def test_state_is_mean_and_variance_of_all_scalars() -> None:
+def test_state_is_mean_and_variance_of_all_scalars():
     x = torch.randn(2, 50, 12, dtype=torch.float64) * 3 - 1
     _, state = timestep_norm(x, torch.zeros(12), torch.zeros(12), 3)
     scalars = x.view(2, 50, 3, 4).permute(0, 2, 1, 3).flatten(2)
@@ -62,7 +61,7 @@ def test_state_is_mean_and_variance_of_all_scalars() -> None:
 
 
 @pytest.mark.parametrize("piece", [100_000, 9_999, 500])
-def test_right_at_100_000_steps_with_a_large_mean(piece: int) -> None:
+def test_right_at_100_000_steps_with_a_large_mean(piece):
     """Mean 100 and spread 1, in float32: a sum of squares would have lost the variance."""
     torch.manual_seed(0)
     x = torch.randn(1, 100_000, 8) + 100.0
@@ -80,7 +79,7 @@ def test_right_at_100_000_steps_with_a_large_mean(piece: int) -> None:
     assert error[:, 10:].max() < 5e-5
 
 
-def test_steps_are_right_with_a_large_mean() -> None:
+def test_steps_are_right_with_a_large_mean():
     torch.manual_seed(0)
     x, zeros = torch.randn(2, 2_000, 8) + 100.0, torch.zeros(8)
     state, outputs = initial_state(x, 2), []
@@ -94,7 +93,7 @@ def test_steps_are_right_with_a_large_mean() -> None:
     assert_close([torch.cat(outputs, dim=1)], [expected], 1e-6)
 
 
-def test_gradient_is_right_with_a_large_mean() -> None:
+def test_gradient_is_right_with_a_large_mean():
     torch.manual_seed(0)
     x = torch.randn(1, 2_000, 8) + 100.0
     grads = []
@@ -107,7 +106,7 @@ def test_gradient_is_right_with_a_large_mean() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-4)
 
 
-def test_autocast_does_not_reach_the_statistics() -> None:
+def test_autocast_does_not_reach_the_statistics():
     x, zeros = torch.randn(2, 50, 12), torch.zeros(12)
     expected = timestep_norm(x, zeros, zeros, 3)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,5 @@
 """The byte tokenizer: every byte string there and back."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -29,7 +27,7 @@ SPECIAL_TEXTS = st.lists(
 
 
 @given(st.binary())
-def test_every_byte_string_comes_back(data: bytes) -> None:
+def test_every_byte_string_comes_back(data):
     for tokenizer in (PLAIN, LOSSLESS, SPECIAL):
         ids = tokenizer.encode(data)
         assert ids == list(data) == tokenizer(data).input_ids
@@ -38,7 +36,7 @@ def test_every_byte_string_comes_back(data: bytes) -> None:
 
 
 @given(st.binary())
-def test_every_byte_string_comes_back_as_text_that_escapes_what_is_no_utf8(data: bytes) -> None:
+def test_every_byte_string_comes_back_as_text_that_escapes_what_is_no_utf8(data):
     ids = list(data)
     text = LOSSLESS.decode(ids)
     assert LOSSLESS.encode(text) == PLAIN.encode(text) == ids
@@ -48,7 +46,7 @@ def test_every_byte_string_comes_back_as_text_that_escapes_what_is_no_utf8(data:
 
 
 @given(TEXTS)
-def test_a_text_is_its_utf8_bytes_and_nothing_more(text: str) -> None:
+def test_a_text_is_its_utf8_bytes_and_nothing_more(text):
     ids = PLAIN(text)["input_ids"]
     assert ids == list(text.encode())
     assert PLAIN.decode(ids) == text
@@ -57,7 +55,7 @@ def test_a_text_is_its_utf8_bytes_and_nothing_more(text: str) -> None:
 
 
 @given(SPECIAL_TEXTS)
-def test_special_tokens_are_one_id_each_and_come_back(text: str) -> None:
+def test_special_tokens_are_one_id_each_and_come_back(text):
     ids = SPECIAL.encode(text)
     assert SPECIAL.decode(ids) == text
     rest = text
@@ -68,14 +66,14 @@ def test_special_tokens_are_one_id_each_and_come_back(text: str) -> None:
 
 
 @given(SPECIAL_TEXTS)
-def test_special_tokens_in_data_are_only_bytes(text: str) -> None:
+def test_special_tokens_in_data_are_only_bytes(text):
     data = text.encode()
     assert SPECIAL.encode(data) == list(data)
     assert SPECIAL(text, split_special_tokens=True).input_ids == list(data)
     assert SPECIAL([data, text.encode()])["input_ids"] == [list(data)] * 2
 
 
-def test_ids_are_the_bytes_and_special_tokens_stand_above() -> None:
+def test_ids_are_the_bytes_and_special_tokens_stand_above():
     assert PLAIN.vocab_size == len(PLAIN) == 256
     names = [chr(i) if i < 128 else f"<0x{i:02X}>" for i in range(256)]
     assert PLAIN.get_vocab() == {name: i for i, name in enumerate(names)}
@@ -85,7 +83,7 @@ def test_ids_are_the_bytes_and_special_tokens_stand_above() -> None:
     assert sorted(SPECIAL.all_special_ids) == list(range(256, 261))
 
 
-def test_byte_0_ends_and_pads_and_is_a_byte_all_the_same() -> None:
+def test_byte_0_ends_and_pads_and_is_a_byte_all_the_same():
     assert PLAIN.eos_token_id == PLAIN.pad_token_id == 0
     assert PLAIN.bos_token_id is None
     text = "a\x00b<0x00>"
@@ -101,7 +99,7 @@ def test_byte_0_ends_and_pads_and_is_a_byte_all_the_same() -> None:
             assert tokenizer.encode("é" + end) == [195, 169, 0]
 
 
-def test_a_special_token_named_like_a_byte_is_that_byte() -> None:
+def test_a_special_token_named_like_a_byte_is_that_byte():
     tokenizer = MegalodonTokenizer(pad_token="<0xFF>", eos_token="\n")
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (255, 10, 256)
     assert tokenizer.encode("a\nb<0xFF>") == [97, 10, 98, 255]
@@ -109,7 +107,7 @@ def test_a_special_token_named_like_a_byte_is_that_byte() -> None:
     assert tokenizer.decode([97, 10, 255, 98], skip_special_tokens=True) == "ab"
 
 
-def test_padding_stands_on_the_left_and_is_masked() -> None:
+def test_padding_stands_on_the_left_and_is_masked():
     batch = PLAIN(["abc", "é", b"\xff"], padding=True, return_tensors="pt")
     assert batch.input_ids.tolist() == [[97, 98, 99], [0, 195, 169], [0, 0, 255]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
@@ -119,7 +117,7 @@ def test_padding_stands_on_the_left_and_is_masked() -> None:
     assert cut["input_ids"] == [[97, 98], [0, 100]]
 
 
-def test_collators_pad_with_nothing_set_by_hand() -> None:
+def test_collators_pad_with_nothing_set_by_hand():
     rows = [PLAIN("ab"), PLAIN("c")]
     batch = DataCollatorWithPadding(PLAIN)(rows)
     assert batch["input_ids"].tolist() == [[97, 98], [0, 99]]
@@ -128,12 +126,12 @@ def test_collators_pad_with_nothing_set_by_hand() -> None:
     assert batch["labels"].tolist() == [[97, 98], [-100, 99]]
 
 
-def test_pairs_are_one_text_after_the_other() -> None:
+def test_pairs_are_one_text_after_the_other():
     assert PLAIN.encode("ab", "c") == [97, 98, 99]
     assert PLAIN([("a", "b"), ("c", b"d")])["input_ids"] == [[97, 98], [99, 100]]
 
 
-def test_empty_texts_are_empty() -> None:
+def test_empty_texts_are_empty():
     for empty in ("", b""):
         assert PLAIN.encode(empty) == []
         assert PLAIN(["a", empty])["input_ids"] == [[97], []]
@@ -142,9 +140,7 @@ def test_empty_texts_are_empty() -> None:
 
 
 @pytest.mark.parametrize("config", [MegalodonConfig(num_layers=1), LlamaConfig()])
-def test_auto_tokenizer_brings_it_back_as_it_was(
-    tmp_path: Path, config: MegalodonConfig | LlamaConfig
-) -> None:
+def test_auto_tokenizer_brings_it_back_as_it_was(tmp_path, config):
     tokenizer = MegalodonTokenizer(
         errors="strict",
         special_tokens_pattern="bos_eos",
@@ -168,7 +164,7 @@ def test_auto_tokenizer_brings_it_back_as_it_was(
         again.decode([255])
 
 
-def test_defaults_come_back_too(tmp_path: Path) -> None:
+def test_defaults_come_back_too(tmp_path):
     PLAIN.save_pretrained(tmp_path)
     MegalodonConfig(num_layers=1).save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -182,7 +178,7 @@ def test_defaults_come_back_too(tmp_path: Path) -> None:
 
 
 class TestBadInput:
-    def test_an_id_outside_the_vocabulary(self) -> None:
+    def test_an_id_outside_the_vocabulary(self):
         for tokenizer, bad in ((PLAIN, 256), (PLAIN, -100), (SPECIAL, 261)):
             for convert in (tokenizer.decode, tokenizer.decode_bytes):
                 with pytest.raises(ValueError, match=f"{bad} is no id of this tokenizer"):
@@ -190,9 +186,9 @@ class TestBadInput:
             with pytest.raises(ValueError, match=f"{bad} is no id of this tokenizer"):
                 tokenizer.convert_ids_to_tokens([bad])
 
-    def test_a_surrogate_that_stands_for_no_byte(self) -> None:
+    def test_a_surrogate_that_stands_for_no_byte(self):
         with pytest.raises(UnicodeEncodeError):
             PLAIN.encode("a\ud800")
 
-    def test_an_unknown_token_has_no_id(self) -> None:
+    def test_an_unknown_token_has_no_id(self):
         assert PLAIN.convert_tokens_to_ids("<0x41>") is None

@@ -2,13 +2,11 @@
 
 import dataclasses
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from megalodon import MegalodonForCausalLM
@@ -17,10 +15,8 @@ from .models import CHUNK, tiny_config, tiny_model
 
 quiet = pytest.mark.usefixtures("no_warnings")
 
-Row = dict[str, Tensor]
 
-
-def rows(count: int, length: int = 2 * CHUNK + 3, masked: float = 0.0) -> list[Row]:
+def rows(count, length=2 * CHUNK + 3, masked=0.0):
     """Texts that repeat a short pattern, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 256, (count, 5), generator=generator)
@@ -30,8 +26,8 @@ def rows(count: int, length: int = 2 * CHUNK + 3, masked: float = 0.0) -> list[R
     return [{"input_ids": x, "labels": y} for x, y in zip(texts, labels, strict=True)]
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
+def arguments(folder, **options):
+    settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "max_steps": 6,
@@ -51,21 +47,19 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(**{**settings, **options})
 
 
-def trained(
-    model: nn.Module, folder: Path, data: list[Row] | None = None, **options: Any
-) -> dict[str, Tensor]:
+def trained(model, folder, data=None, **options):
     trainer = Trainer(model, arguments(folder, **options), train_dataset=data or rows(16))
     trainer.train()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def largest_difference(one, other):
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 @quiet
-def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
+def test_trainer_trains_evaluates_and_predicts(tmp_path):
     data = rows(16)
     trainer = Trainer(
         tiny_model(), arguments(tmp_path, max_steps=32), train_dataset=data, eval_dataset=data
@@ -79,7 +73,7 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
 
 
 @quiet
-def test_a_resumed_run_is_the_run_without_a_stop(tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_run_without_a_stop(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3}
     data = rows(16)
     whole = trained(tiny_model(dropout=0.1), tmp_path, data, **options)
@@ -92,7 +86,7 @@ def test_a_resumed_run_is_the_run_without_a_stop(tmp_path: Path) -> None:
 
 
 @quiet
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     """Rows with unlike numbers of labels: a mean of the pieces' means would be something else."""
     data = rows(12, masked=0.2)
     for i, row in enumerate(data):
@@ -117,13 +111,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
 
 @quiet
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_through_trainer_changes_nothing(
-    tmp_path: Path, reentrant: bool
-) -> None:
+def test_gradient_checkpointing_through_trainer_changes_nothing(tmp_path, reentrant):
     counts, results = [], []
     for checkpointing in (None, reentrant):
         model = tiny_model(dropout=0.1, hidden_dropout=0.1)
-        calls: list[int] = []
+        calls = []
         for block in model.model.layers:
             block.ffn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         results.append(trained(model, tmp_path, checkpointing=checkpointing))
@@ -133,7 +125,7 @@ def test_gradient_checkpointing_through_trainer_changes_nothing(
 
 
 @quiet
-def test_bfloat16_autocast_trains_float32_parameters(tmp_path: Path) -> None:
+def test_bfloat16_autocast_trains_float32_parameters(tmp_path):
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     after = trained(model, tmp_path, bf16=True)
@@ -142,7 +134,7 @@ def test_bfloat16_autocast_trains_float32_parameters(tmp_path: Path) -> None:
 
 
 @quiet
-def test_label_smoothing_looks_at_the_next_token(tmp_path: Path) -> None:
+def test_label_smoothing_looks_at_the_next_token(tmp_path):
     model, row = tiny_model(), rows(1)[0]
     trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1))
     batch = {name: tensor[None] for name, tensor in row.items()}
@@ -153,7 +145,7 @@ def test_label_smoothing_looks_at_the_next_token(tmp_path: Path) -> None:
 
 
 class TestLoss:
-    def test_is_the_mean_over_the_labels_that_count(self) -> None:
+    def test_is_the_mean_over_the_labels_that_count(self):
         model = tiny_model()
         row = rows(2, masked=0.3)
         ids = torch.stack([r["input_ids"] for r in row])
@@ -169,7 +161,7 @@ class TestLoss:
             loss = model(ids, labels=labels, num_items_in_batch=items).loss
             torch.testing.assert_close(loss, total / 7)
 
-    def test_of_a_text_in_pieces_leaves_out_the_first_token_of_each(self) -> None:
+    def test_of_a_text_in_pieces_leaves_out_the_first_token_of_each(self):
         model = tiny_model()
         ids = torch.stack([row["input_ids"] for row in rows(2)])
         mask = torch.ones_like(ids)
@@ -179,18 +171,18 @@ class TestLoss:
         expected = F.cross_entropy(logits[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
         torch.testing.assert_close(loss, expected)
 
-    def test_of_some_positions_only_is_refused(self) -> None:
+    def test_of_some_positions_only_is_refused(self):
         ids = torch.zeros(1, 4, dtype=torch.long)
         with pytest.raises(ValueError, match="logits_to_keep=0"):
             tiny_model()(ids, labels=ids, logits_to_keep=2)
 
-    def test_needs_labels_of_the_shape_of_the_input(self) -> None:
+    def test_needs_labels_of_the_shape_of_the_input(self):
         ids = torch.zeros(1, 4, dtype=torch.long)
         with pytest.raises(ValueError, match="labels has shape"):
             tiny_model()(ids, labels=ids[:, 1:])
 
 
-def test_a_model_in_training_returns_no_state_unless_asked() -> None:
+def test_a_model_in_training_returns_no_state_unless_asked():
     model = MegalodonForCausalLM(tiny_config()).train()
     ids = torch.zeros(1, 4, dtype=torch.long)
     assert model(ids).cache is None
@@ -202,7 +194,7 @@ def test_a_model_in_training_returns_no_state_unless_asked() -> None:
 class TestLoRA:
     LINEARS = ("wz", "wv", "wr", "wh1", "wh2", "w1", "w2", "w3")
 
-    def lora(self, model: nn.Module, **options: Any) -> Any:
+    def lora(self, model, **options):
         from peft import LoraConfig, get_peft_model
 
         with warnings.catch_warnings():
@@ -212,9 +204,7 @@ class TestLoRA:
 
     @quiet
     @pytest.mark.parametrize("checkpointing", [None, True, False])
-    def test_trains_the_adapter_and_nothing_else(
-        self, tmp_path: Path, checkpointing: bool | None
-    ) -> None:
+    def test_trains_the_adapter_and_nothing_else(self, tmp_path, checkpointing):
         model = self.lora(tiny_model(), target_modules="all-linear")
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         after = trained(model, tmp_path, checkpointing=checkpointing)
@@ -224,7 +214,7 @@ class TestLoRA:
 
     @quiet
     @torch.no_grad()
-    def test_is_saved_loaded_merged_and_generates(self, tmp_path: Path) -> None:
+    def test_is_saved_loaded_merged_and_generates(self, tmp_path):
         from peft import PeftModel
 
         ids = torch.stack([row["input_ids"] for row in rows(2)])

@@ -1,13 +1,8 @@
 """Tiny experiments: a text, and configs of both models that train in milliseconds a step."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,16 +26,14 @@ TINY = {
     },
 }
 
-MakeConfig = Callable[..., ExperimentConfig]
-
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_the_cpu(monkeypatch):
     monkeypatch.setenv("FORCE_DEVICE", "cpu")
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(tmp_path_factory):
     """20,000 bytes of words in a fixed random order."""
     words = ["the", "state", "of", "a", "text", "is", "read", "once", "and", "kept", "世\n", "é"]
     text = " ".join(random.Random(7).choices(words, k=6000)).encode()[:20_000]
@@ -50,11 +43,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["llama", "megalodon"])
-def model_name(request: pytest.FixtureRequest) -> str:
+def model_name(request):
     return str(request.param)
 
 
-def tiny(model: str, run_dir: Path, text: Path, /, **changes: Any) -> ExperimentConfig:
+def tiny(model, run_dir, text, /, **changes):
     values = {
         "model": model,
         "run_dir": str(run_dir),
@@ -78,19 +71,19 @@ def tiny(model: str, run_dir: Path, text: Path, /, **changes: Any) -> Experiment
 
 
 @pytest.fixture
-def make_tiny(tmp_path: Path, text_file: Path) -> MakeConfig:
+def make_tiny(tmp_path, text_file):
     """make_tiny(model_name, **changes): a config whose folder lies in tmp_path."""
     return lambda model_name, **changes: tiny(model_name, tmp_path / "run", text_file, **changes)
 
 
 @pytest.fixture
-def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+def crash_in_step(monkeypatch):
     """crash_in_step(n): die while step n's line is being written, this once."""
 
-    def arrange(step: int) -> None:
+    def arrange(step):
         log = RunFolder.log
 
-        def crashing(self: RunFolder, row: dict[str, Any]) -> None:
+        def crashing(self, row):
             if row["step"] == step:
                 monkeypatch.setattr(RunFolder, "log", log)
                 with self.file("metrics.jsonl").open("a") as file:
@@ -104,7 +97,7 @@ def crash_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="session")
-def processes() -> Any:
+def processes():
     """Starts processes that have torch loaded already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megalodon_enwik8.training"])

@@ -1,20 +1,16 @@
 """What runs leave, to compare, and how they are cut off."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megalodon_enwik8.checkpoint import load_checkpoint
-from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.run_folder import read_metrics
 
 MEASURED = {"tokens_per_second", "seconds", "peak_memory_bytes"}
 
 
-def ending(config: ExperimentConfig) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+def ending(config):
     """What a run leaves, without what a clock or the machine decides."""
     folder = Path(config.run_dir)
     rows = [
@@ -24,7 +20,7 @@ def ending(config: ExperimentConfig) -> tuple[list[dict[str, Any]], dict[str, to
     return rows, load_checkpoint(folder / "final.pt").model_state
 
 
-def assert_same_ending(one: ExperimentConfig, other: ExperimentConfig) -> None:
+def assert_same_ending(one, other):
     (rows, weights), (other_rows, other_weights) = ending(one), ending(other)
     assert rows == other_rows
     assert list(weights) == list(other_weights)
@@ -32,7 +28,7 @@ def assert_same_ending(one: ExperimentConfig, other: ExperimentConfig) -> None:
         assert torch.equal(weight, other_weights[name]), name
 
 
-def checkpoints_of(config: ExperimentConfig) -> list[Path]:
+def checkpoints_of(config):
     """The checkpoints to resume from, oldest first."""
     return sorted(Path(config.run_dir).glob("checkpoint_*.pt"))
 

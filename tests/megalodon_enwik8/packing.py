@@ -1,16 +1,13 @@
 """Texts packed in every way that can be read."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io
 import lzma
 import zipfile
-from collections.abc import Callable
 
 
-def zipped(*texts: bytes) -> bytes:
+def zipped(*texts):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("folder/", b"")
@@ -19,7 +16,7 @@ def zipped(*texts: bytes) -> bytes:
     return buffer.getvalue()
 
 
-PACK: dict[str, Callable[[bytes], bytes]] = {
+PACK = {
     "": bytes,
     ".txt": bytes,
     ".gz": gzip.compress,

@@ -1,14 +1,10 @@
 """The benchmark measures what it says, each task in a process of its own, and loses nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,11 +23,11 @@ SETTINGS = {
 TINY = Task("train", "megalodon", SETTINGS)
 
 
-def tiny(kind: str, model: str = "megalodon", **settings: Any) -> Task:
+def tiny(kind, model="megalodon", **settings):
     return replace(TINY, kind=kind, model=model, settings=SETTINGS | settings)
 
 
-def fake(task: Task, limit: float, cache: str) -> dict[str, Any]:
+def fake(task, limit, cache):
     """What a fresh process would answer; a Llama's memory never suffices."""
     if task.model == "llama":
         return {"failed": "out of memory"}
@@ -41,10 +37,10 @@ def fake(task: Task, limit: float, cache: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run_faked(monkeypatch, tmp_path):
     """run_faked(command, *settings, answer=fake): the JSON that it leaves; measuring is faked."""
 
-    def run(command: str, *settings: str, answer: Any = fake) -> Any:
+    def run(command, *settings, answer=fake):
         monkeypatch.setattr(benchmark, "measure_apart", answer)
         out = tmp_path / "new" / "out.json"
         with contextlib.suppress(KeyboardInterrupt):
@@ -54,7 +50,7 @@ def run_faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def test_a_task_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
+def test_a_task_is_measured_in_a_fresh_process(tmp_path):
     ballast = torch.ones(1_500_000_000, dtype=torch.uint8)
     figures = measuring.measure_apart(TINY, 300, str(tmp_path))
     assert list(figures) == ["megalodon"]
@@ -62,7 +58,7 @@ def test_a_task_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
     assert 10 < figures["megalodon"]["peak memory, MB"] < ballast.nbytes / 1e6
 
 
-def test_the_first_step_is_measured_twice_over() -> None:
+def test_the_first_step_is_measured_twice_over():
     assert list(measuring.measure(tiny("first"))["megalodon"]) == [
         "first step, s",
         "peak memory, MB",
@@ -71,7 +67,7 @@ def test_the_first_step_is_measured_twice_over() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_reading_and_writing_are_measured(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_and_writing_are_measured(model, monkeypatch):
     monkeypatch.setattr(measuring, "NEW_BYTES", 3)
     state = measuring.measure(tiny("decode", model))[model]["state, MB"]
     if model == "llama":  # keys and values of 67 bytes, six heads of 64
@@ -81,7 +77,7 @@ def test_reading_and_writing_are_measured(model: str, monkeypatch: pytest.Monkey
         assert longer[model]["state, MB"] == state
 
 
-def test_steps_of_both_models_are_measured_with_their_products() -> None:
+def test_steps_of_both_models_are_measured_with_their_products():
     figures = measuring.measure(tiny("steps", BOTH, batch_size=1))
     # One round: the ratio is that of its two times.
     ours, theirs = (figures[name]["step, s"] for name in MODELS)
@@ -90,7 +86,7 @@ def test_steps_of_both_models_are_measured_with_their_products() -> None:
     assert figures["llama"]["step / its matrix products"] > 0
 
 
-def test_several_processes_are_measured_beside_one(tmp_path: Path) -> None:
+def test_several_processes_are_measured_beside_one(tmp_path):
     task = tiny("scale", use_autocast=False, chunk_parallel=2)
     figures = measuring.measure_apart(task, 300, str(tmp_path))
     assert list(figures) == list(measuring.WAYS)
@@ -103,23 +99,18 @@ def test_several_processes_are_measured_beside_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("along_data", "along_time", "shape"), [((1, 2), (0, 1), (1, 65)), ((0, 1), (1, 2), (2, 33))]
 )
-def test_a_process_trains_on_its_share_of_a_step(
-    along_data: tuple[int, int],
-    along_time: tuple[int, int],
-    shape: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_trains_on_its_share_of_a_step(along_data, along_time, shape, monkeypatch):
     config = TINY.config("megalodon")
     world = World(torch.device("cpu"))
     world.along_data, world.along_time = along_data, along_time
-    batches: list[torch.Tensor] = []
+    batches = []
     monkeypatch.setattr(measuring, "train_step", lambda *given: batches.append(given[2]))
     measuring._stepper(measuring.build_model(config), config, world)()
     assert batches[0].shape == shape
 
 
-def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
-    calls: list[str] = []
+def test_functions_take_turns_and_ratios_are_of_neighbours():
+    calls = []
     functions = [lambda name=name: calls.append(name) for name in "ab"]
     times = measuring.by_turns(functions, 3, torch.device("cpu"))
     assert calls == ["a", "b"] * 4
@@ -128,13 +119,11 @@ def test_functions_take_turns_and_ratios_are_of_neighbours() -> None:
 
 
 @pytest.mark.parametrize("use_autocast", [True, False])
-def test_bound_is_three_times_the_forward_products(
-    use_autocast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bound_is_three_times_the_forward_products(use_autocast, monkeypatch):
     """Counted in multiplications: 3 x sequences x length x weights."""
     counted = []
 
-    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+    def linear(x, weight):
         assert x.dtype == weight.dtype == (torch.bfloat16 if use_autocast else torch.float32)
         counted.append(x.shape[0] * weight.numel())
 
@@ -156,9 +145,7 @@ def test_bound_is_three_times_the_forward_products(
         ("exit 3", 60, "exit code 3"),
     ],
 )
-def test_a_task_that_fails_says_why(
-    program: str, limit: float, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_fails_says_why(program, limit, reason, tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\n{program}\n")
     script.chmod(0o700)
@@ -166,12 +153,12 @@ def test_a_task_that_fails_says_why(
     assert measuring.measure_apart(TINY, limit, str(tmp_path)) == {"failed": reason}
 
 
-def test_memory_that_runs_out_is_said() -> None:
+def test_memory_that_runs_out_is_said():
     with pytest.raises(UserError, match=r"^out of memory$"):
         measuring.measure(tiny("train", seq_len=10**6, step_bytes=10**15, batch_size=10**9))
 
 
-def test_a_row_holds_what_both_models_have_and_their_ratio(run_faked: Any) -> None:
+def test_a_row_holds_what_both_models_have_and_their_ratio(run_faked):
     (row,) = run_faked("train", "batch_size=16", "compile=true")["rows"]
     assert (row["kind"], row["batch_size"], row["compile"]) == ("steps", 16, True)
     # By turns where it was so measured.
@@ -181,17 +168,20 @@ def test_a_row_holds_what_both_models_have_and_their_ratio(run_faked: Any) -> No
     assert row["failed"] == dict.fromkeys(failed, "out of memory")
 
 
-def test_ratios_are_of_all_that_both_have(run_faked: Any) -> None:
+def test_ratios_are_of_all_that_both_have(run_faked):
     times = {"megalodon": 2, "llama": 4}
-    answer = lambda task, *_: {task.model: {"a": times[task.model], "by_name": {}}}  # noqa: E731
+
+    def answer(task, *_):
+        return {task.model: {"a": times[task.model], "by_name": {}}}
+
     (row,) = run_faked("count", answer=answer)["rows"]
     assert row["megalodon / llama"] == {"a": 0.5}
 
 
-def test_a_second_start_has_the_folder_of_the_first_and_no_other(run_faked: Any) -> None:
-    folders: dict[str, list[str]] = {}
+def test_a_second_start_has_the_folder_of_the_first_and_no_other(run_faked):
+    folders = {}
 
-    def answer(task: Task, limit: float, cache: str) -> dict[str, Any]:
+    def answer(task, limit, cache):
         folders.setdefault(cache, []).append(task.kind)
         return fake(task, limit, cache)
 
@@ -199,9 +189,12 @@ def test_a_second_start_has_the_folder_of_the_first_and_no_other(run_faked: Any)
     assert sorted(folders.values()) == [["first", "second"]] * 4 + [["steps"]] * 2
 
 
-def test_settings_are_tried_in_turn_and_reach_the_models_that_have_them(run_faked: Any) -> None:
-    tasks: list[Task] = []
-    answer = lambda task, *more: [tasks.append(task), fake(task, *more)][1]  # noqa: E731
+def test_settings_are_tried_in_turn_and_reach_the_models_that_have_them(run_faked):
+    tasks = []
+
+    def answer(task, *more):
+        return [tasks.append(task), fake(task, *more)][1]
+
     given = ["seq_len=[64,2048]", "chunk_size=1024", "compile=false", "use_autocast=false"]
     rows = run_faked("train", *given, answer=answer)["rows"]
     assert [(row["seq_len"], row["batch_size"]) for row in rows] == [
@@ -212,14 +205,14 @@ def test_settings_are_tried_in_turn_and_reach_the_models_that_have_them(run_fake
         assert not config.use_autocast
 
 
-def test_processes_share_the_step_of_the_protocol_or_one_sequence() -> None:
+def test_processes_share_the_step_of_the_protocol_or_one_sequence():
     tasks = [task for _, found in benchmark.plan("scale", {}, 1) for task in found]
     configs = [task.config("megalodon") for task in tasks]
     assert [config.sequences_per_step for config in configs] == [16, 1]
     assert {config.chunk_parallel for config in configs} == {2}
 
 
-def test_beyond_the_longest_context_a_megalodon_writes_alone(run_faked: Any) -> None:
+def test_beyond_the_longest_context_a_megalodon_writes_alone(run_faked):
     measured = run_faked("context", "seq_len=[64,200000]")
     assert [
         (row["kind"], row["seq_len"], len(row.get("failed", {}))) for row in measured["rows"]
@@ -233,12 +226,10 @@ def test_beyond_the_longest_context_a_megalodon_writes_alone(run_faked: Any) -> 
 @pytest.mark.parametrize(
     ("command", "kept"), [("train", ["step, s", "first, s"]), ("context", ["train, s"])]
 )
-def test_what_is_measured_survives_an_interruption(
-    command: str, kept: list[str], run_faked: Any
-) -> None:
+def test_what_is_measured_survives_an_interruption(command, kept, run_faked):
     asked = []
 
-    def interrupted(task: Task, limit: float, cache: str) -> dict[str, Any]:
+    def interrupted(task, limit, cache):
         asked.append(task)
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -263,15 +254,13 @@ def test_what_is_measured_survives_an_interruption(
         ("speed", "invalid choice: 'speed'"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_measured(
-    arguments: str, message: str, run_faked: Any
-) -> None:
+def test_bad_arguments_are_refused_before_anything_is_measured(arguments, message, run_faked):
     with pytest.raises(UserError, match=re.escape(message)):
         run_faked(*arguments.split(), answer=lambda *_: pytest.fail("measured"))
 
 
 @pytest.mark.slow
-def test_the_second_start_finds_what_the_first_compiled(run_faked: Any) -> None:
+def test_the_second_start_finds_what_the_first_compiled(run_faked):
     """Of the Llama, whose layers the compiler's cache keeps whole."""
     given = ["compile=true", "batch_size=16", "seq_len=16", "step_bytes=256"]
     (row,) = run_faked("train", *given, "--rounds", "1", answer=measuring.measure_apart)["rows"]

@@ -1,11 +1,7 @@
 """A checkpoint is data; what is not whole is never loaded."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,13 +25,13 @@ EXAMPLE = Checkpoint(
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "x.pt"
     save_checkpoint(path, EXAMPLE)
     return path.read_bytes()
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a, b):
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -43,7 +39,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_what_is_saved_is_what_is_loaded(saved: bytes, tmp_path: Path) -> None:
+def test_what_is_saved_is_what_is_loaded(saved, tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(saved)
     loaded = load_checkpoint(path)
@@ -52,9 +48,7 @@ def test_what_is_saved_is_what_is_loaded(saved: bytes, tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_a_truncated_file_is_recognised(
-    saved: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_a_truncated_file_is_recognised(saved, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "cut.pt"
     path.write_bytes(saved[: data.draw(st.integers(0, len(saved) - 1))])
     with pytest.raises(UserError, match=r"cut.pt: (truncated, damaged|no such)"):
@@ -64,15 +58,15 @@ def test_a_truncated_file_is_recognised(
 class Bomb:
     """Unpickling this creates a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (os.mkdir, (str(self.path),))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path, legacy: bool) -> None:
+def test_a_pickle_that_runs_code_does_not_run(tmp_path, legacy):
     fuse = tmp_path / "went-off"
     content = {**module.KIND, "config": Bomb(fuse)}
     path = tmp_path / "bomb.pt"
@@ -85,7 +79,7 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path: Path, legacy: bool) -> N
     assert fuse.exists()
 
 
-def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def content_of(checkpoint):
     content = {**vars(checkpoint), "config": checkpoint.config.used(), **module.KIND}
     del content["path"]
     return content
@@ -106,13 +100,13 @@ def content_of(checkpoint: Checkpoint) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_other_content_is_one_sentence(tmp_path: Path, content: Any) -> None:
+def test_other_content_is_one_sentence(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x.pt: truncated, damaged, of another version or not"):
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
     for path in (tmp_path / "none.pt", tmp_path, tmp_path / "pipe"):
         with pytest.raises(UserError, match=f"{path}: no such checkpoint"):
@@ -120,7 +114,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_number_that_is_not_finite_is_not_saved(tmp_path: Path, value: float) -> None:
+def test_a_number_that_is_not_finite_is_not_saved(tmp_path, value):
     bad = torch.tensor([1.0, value])
     for changes in (
         {"model_state": {"weight": bad}},
@@ -131,7 +125,7 @@ def test_a_number_that_is_not_finite_is_not_saved(tmp_path: Path, value: float) 
         assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_of_another_model_or_size_are_refused(make_tiny: Any) -> None:
+def test_weights_of_another_model_or_size_are_refused(make_tiny):
     weights = build_model(make_tiny("llama")).state_dict()
     strangers = [
         make_tiny("megalodon"),

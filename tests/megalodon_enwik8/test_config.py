@@ -1,11 +1,7 @@
 """The schema: what it accepts, and that every mistake is one line that names it."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -23,10 +19,10 @@ NULL = {"rope_base": 10_000.0, "seed": -1}  # what null means where it means som
 
 
 @pytest.fixture
-def refuse(tmp_path: Path) -> Any:
+def refuse(tmp_path):
     """refuse(text, *overrides): the one line of the UserError that the config raises."""
 
-    def load(text: str, *overrides: str) -> str:
+    def load(text, *overrides):
         path = tmp_path / "x.yaml"
         path.write_text(text)
         with pytest.raises(UserError) as caught:
@@ -39,7 +35,7 @@ def refuse(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_published_files_mean_what_they_say(path: Path) -> None:
+def test_published_files_mean_what_they_say(path):
     config = load_config(path)
     for key, value in yaml.safe_load(path.read_text()).items():
         assert getattr(config, key) == (NULL.get(key) if value is None else value), key
@@ -49,12 +45,12 @@ def test_published_files_mean_what_they_say(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_files_load_and_run_in_a_folder_of_their_name(path: Path) -> None:
+def test_shipped_files_load_and_run_in_a_folder_of_their_name(path):
     assert load_config(path).run_dir == f"runs/{path.stem}"
 
 
-def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
-    def protocol(name: str) -> dict[str, Any]:
+def test_both_models_of_the_comparison_get_the_same_protocol():
+    def protocol(name):
         config = load_config(CONFIGS / f"{name}.yaml")
         used = config.used() | {"sequences_per_step": config.sequences_per_step}
         return {key: used[key] for key in [*shared, "sequences_per_step"]}
@@ -118,9 +114,7 @@ def test_both_models_of_the_comparison_get_the_same_protocol() -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_mistake_is_one_line_naming_key_value_and_remedy(
-    refuse: Any, text: str, line: str
-) -> None:
+def test_a_mistake_is_one_line_naming_key_value_and_remedy(refuse, text, line):
     assert line in refuse(text)
 
 
@@ -139,18 +133,18 @@ def test_a_mistake_is_one_line_naming_key_value_and_remedy(
         ),
     ],
 )
-def test_a_wrong_override_is_named_as_such(refuse: Any, override: str, line: str) -> None:
+def test_a_wrong_override_is_named_as_such(refuse, override, line):
     assert line in refuse("dim: 384", override)
 
 
-def test_overrides_win_and_are_read_as_yaml(tmp_path: Path) -> None:
+def test_overrides_win_and_are_read_as_yaml(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("seed: 1\ncompile: auto")
     config = load_config(path, ["seed=2", "compile=false", "learning_rate=1e-3", "data_bytes=null"])
     assert (config.seed, config.compile, config.learning_rate) == (2, False, 1e-3)
 
 
-def test_an_empty_file_is_the_llama_of_the_protocol(tmp_path: Path) -> None:
+def test_an_empty_file_is_the_llama_of_the_protocol(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
     config = load_config(path)
@@ -158,12 +152,12 @@ def test_an_empty_file_is_the_llama_of_the_protocol(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bomb", ["a{n}: &a{n} [{nine}]", "a{n}: &a{n} {{<<: [{nine}]}}"])
-def test_a_file_that_grows_without_bound_is_refused_in_a_short_line(refuse: Any, bomb: str) -> None:
+def test_a_file_that_grows_without_bound_is_refused_in_a_short_line(refuse, bomb):
     levels = (bomb.format(n=n, nine=", ".join([f"*a{n - 1}"] * 9)) for n in range(1, 30))
     assert len(refuse("\n".join(["a0: &a0 {x: 1}", *levels]))) < 200
 
 
-def attempt(load: Callable[[], ExperimentConfig]) -> ExperimentConfig | str:
+def attempt(load):
     """The config, or the line of the UserError."""
     try:
         return load()
@@ -183,7 +177,7 @@ keys = st.sampled_from([*ExperimentConfig.model_fields, "modl", "", "x y"])
 
 
 @given(st.dictionaries(keys, scalars, max_size=6), st.sampled_from(["llama", "megalodon"]))
-def test_any_mapping_is_a_config_or_one_line(values: dict[str, Any], model: str) -> None:
+def test_any_mapping_is_a_config_or_one_line(values, model):
     outcome = attempt(lambda: make_config({"run_dir": "x", "model": model, **values}, "x.yaml"))
     if isinstance(outcome, str):
         assert outcome.startswith("x.yaml: ")
@@ -211,17 +205,15 @@ valid = st.fixed_dictionaries(
 
 
 @given(valid, texts, st.sampled_from(["llama", "megalodon"]))
-def test_a_config_survives_its_own_file(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], text: str, model: str
-) -> None:
+def test_a_config_survives_its_own_file(tmp_path_factory, values, text, model):
     config = make_config({**values, "run_dir": text, "data_path": text, "model": model}, "x.yaml")
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(path) == config
 
 
-def test_learning_rate_rises_then_stays_or_falls() -> None:
-    def rates(**changes: Any) -> list[float]:
+def test_learning_rate_rises_then_stays_or_falls():
+    def rates(**changes):
         config = make_config({"run_dir": "x", "learning_rate": 1.0, "num_batches": 8} | changes, "")
         return [config.learning_rate_at(step) for step in range(8)]
 

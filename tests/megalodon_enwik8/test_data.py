@@ -1,7 +1,5 @@
 """The right bytes, split and cut the same way every time."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,7 +10,6 @@ import sys
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +19,6 @@ from hypothesis import strategies as st
 
 from megalodon_enwik8 import data
 from megalodon_enwik8.data import (
-    Bytes,
-    Corpus,
     load_corpus,
     split_point,
     training_batch,
@@ -38,11 +33,11 @@ TEXT = random.Random(1).randbytes(100_000)
 ALL_BYTES = np.arange(256, dtype=np.uint8)
 
 
-def sha256(text: bytes) -> str:
+def sha256(text):
     return hashlib.sha256(text).hexdigest()
 
 
-def held_by(corpus: Corpus) -> bytes:
+def held_by(corpus):
     return corpus.train.tobytes() + corpus.val.tobytes()
 
 
@@ -50,7 +45,7 @@ every_kind = pytest.mark.parametrize("suffix", PACK)
 packed_kinds = pytest.mark.parametrize("suffix", data.PACKED)
 
 
-def write(folder: Path, name: str, text: bytes = TEXT) -> str:
+def write(folder, name, text=TEXT):
     """Store `text` in `folder` the way `name` says; return the path."""
     path = folder / name
     path.write_bytes(PACK.get(path.suffix, bytes)(text))
@@ -59,9 +54,7 @@ def write(folder: Path, name: str, text: bytes = TEXT) -> str:
 
 @every_kind
 @pytest.mark.parametrize("data_bytes", [None, 1, 10, 99_999, 100_000])
-def test_every_kind_of_file_is_the_same_corpus(
-    tmp_path: Path, suffix: str, data_bytes: int | None
-) -> None:
+def test_every_kind_of_file_is_the_same_corpus(tmp_path, suffix, data_bytes):
     corpus = load_corpus(write(tmp_path, f"mine{suffix}"), data_bytes)
     used = TEXT[:data_bytes]
     assert corpus.train.tobytes() == used[: split_point(len(used))]
@@ -74,9 +67,7 @@ def test_every_kind_of_file_is_the_same_corpus(
 
 
 @every_kind
-def test_more_bytes_than_there_are_and_an_empty_text_are_one_line_each(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_more_bytes_than_there_are_and_an_empty_text_are_one_line_each(tmp_path, suffix):
     path, empty = write(tmp_path, f"mine{suffix}"), write(tmp_path, f"empty{suffix}", b"")
     for name, data_bytes, message in [
         (path, 100_001, r"data_bytes=100001: .* has 100000 bytes"),
@@ -88,14 +79,14 @@ def test_more_bytes_than_there_are_and_an_empty_text_are_one_line_each(
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-def test_parts_packed_one_by_one_are_one_file(tmp_path: Path, suffix: str) -> None:
+def test_parts_packed_one_by_one_are_one_file(tmp_path, suffix):
     path = tmp_path / f"mine{suffix}"
     path.write_bytes(PACK[suffix](b"one ") + PACK[suffix](b"two"))
     assert held_by(load_corpus(str(path))) == b"one two"
 
 
 @packed_kinds
-def test_a_packed_file_that_is_cut_off_is_one_line(tmp_path: Path, suffix: str) -> None:
+def test_a_packed_file_that_is_cut_off_is_one_line(tmp_path, suffix):
     path = Path(write(tmp_path, f"mine{suffix}"))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=rf"mine{suffix} is cut off, damaged .*: get it again"):
@@ -103,9 +94,7 @@ def test_a_packed_file_that_is_cut_off_is_one_line(tmp_path: Path, suffix: str) 
 
 
 @packed_kinds
-def test_absurdly_large_text_is_refused_and_costs_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+def test_absurdly_large_text_is_refused_and_costs_no_memory(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(data, "MAX_UNPACKED", 1 << 22)
     path = write(tmp_path, f"mine{suffix}", bytes(64 << 20))
     tracemalloc.start()
@@ -118,7 +107,7 @@ def test_absurdly_large_text_is_refused_and_costs_no_memory(
         tracemalloc.stop()
 
 
-def test_large_raw_file_takes_no_memory(tmp_path: Path) -> None:
+def test_large_raw_file_takes_no_memory(tmp_path):
     path = write(tmp_path, "mine", bytes(64 << 20))
     tracemalloc.start()
     try:
@@ -128,7 +117,7 @@ def test_large_raw_file_takes_no_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_what_is_no_packed_file_that_can_be_read_is_one_line(tmp_path: Path) -> None:
+def test_what_is_no_packed_file_that_can_be_read_is_one_line(tmp_path):
     encrypted = bytearray(zipped(TEXT))
     encrypted[encrypted.rindex(b"PK\x01\x02") + 8] |= 1
     for packed, message in [
@@ -143,7 +132,7 @@ def test_what_is_no_packed_file_that_can_be_read_is_one_line(tmp_path: Path) -> 
             load_corpus(str(path))
 
 
-def test_absent_folder_and_pipe_are_one_line_each(tmp_path: Path) -> None:
+def test_absent_folder_and_pipe_are_one_line_each(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
     (tmp_path / "enwik8.gz").mkdir()
@@ -161,16 +150,14 @@ def test_absent_folder_and_pipe_are_one_line_each(tmp_path: Path) -> None:
             load_corpus(str(tmp_path / name))
 
 
-def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "mine")
     assert held_by(load_corpus("~/mine")) == TEXT
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zip"])
-def test_enwik8_is_held_to_its_sum_and_cut_as_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+def test_enwik8_is_held_to_its_sum_and_cut_as_published(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(data, "ENWIK8_SHA256", sha256(TEXT))
     monkeypatch.setattr(data, "ENWIK8_DATA_BYTES", 95_000)
     path = write(tmp_path, f"enwik8{suffix}")
@@ -189,7 +176,7 @@ def test_enwik8_is_held_to_its_sum_and_cut_as_published(
 @pytest.mark.skipif(
     importlib.util.find_spec("gensim") is None, reason="needs gensim, of the extra [sample]"
 )
-def test_sample_is_the_documented_text_and_does_not_import_gensim() -> None:
+def test_sample_is_the_documented_text_and_does_not_import_gensim():
     imported_before = "gensim" in sys.modules
     corpus = load_corpus("sample")
     assert corpus.name == "sample"
@@ -199,19 +186,17 @@ def test_sample_is_the_documented_text_and_does_not_import_gensim() -> None:
     assert ("gensim" in sys.modules) == imported_before
 
 
-def install(monkeypatch: pytest.MonkeyPatch, site: Path | None) -> None:
+def install(monkeypatch, site):
     """Let packages be found in `site`, or nowhere."""
 
-    def find_spec(name: str) -> Any:
+    def find_spec(name):
         return site and SimpleNamespace(submodule_search_locations=[str(site / name)])
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3+cpu")
 
 
-def test_package_that_is_absent_or_has_another_text_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_that_is_absent_or_has_another_text_is_one_line(tmp_path, monkeypatch):
     install(monkeypatch, None)
     with pytest.raises(UserError, match=r'gensim.*pip install -e "\.\[sample\]"'):
         load_corpus("sample")
@@ -226,12 +211,12 @@ def test_package_that_is_absent_or_has_another_text_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["sample", "code"])
-def test_file_cannot_pass_for_a_built_in_text(tmp_path: Path, name: str) -> None:
+def test_file_cannot_pass_for_a_built_in_text(tmp_path, name):
     with pytest.raises(UserError, match=f"taken for the {name}: rename it"):
         load_corpus(write(tmp_path, name))
 
 
-def lay_out(site: Path, line_end: str = "\n", reverse: bool = False) -> None:
+def lay_out(site, line_end="\n", reverse=False):
     """Two packages of 41 units of about 1,000 bytes."""
     names = [f"torch/p{i}/deep/{j}" for i in range(20) for j in range(2)]
     names += [f"torch/{name}" for name in ("__init__", "version")]
@@ -244,12 +229,12 @@ def lay_out(site: Path, line_end: str = "\n", reverse: bool = False) -> None:
         file.with_suffix(".txt").write_text("no source")
 
 
-def paths_in(part: Bytes) -> list[str]:
+def paths_in(part):
     lines = part.tobytes().decode().splitlines()
     return [line.removeprefix("# ") for line in lines if line.startswith("# ")]
 
 
-def test_code_is_split_between_whole_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_split_between_whole_units(tmp_path, monkeypatch):
     install(monkeypatch, tmp_path)
     lay_out(tmp_path)
     corpus = load_corpus("code")
@@ -276,7 +261,7 @@ def test_code_is_split_between_whole_units(tmp_path: Path, monkeypatch: pytest.M
         load_corpus("code", size + 1)
 
 
-def test_code_is_the_same_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_the_same_on_every_machine(tmp_path, monkeypatch):
     sums = set()
     for name, line_end, reverse in (("a", "\n", False), ("b", "\r\n", True)):
         lay_out(tmp_path / name, line_end, reverse)
@@ -286,7 +271,7 @@ def test_code_is_the_same_on_every_machine(tmp_path: Path, monkeypatch: pytest.M
     assert len(sums) == 1
 
 
-def test_code_of_the_installed_packages_is_as_documented() -> None:
+def test_code_of_the_installed_packages_is_as_documented():
     corpus = load_corpus("code")
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     locked = [version.split("+")[0] for version in versions] == ["2.13.0", "5.24.0"]
@@ -295,8 +280,8 @@ def test_code_of_the_installed_packages_is_as_documented() -> None:
     assert (len(corpus.train), len(corpus.val)) == (85_500_000, 9_500_000) or not locked
 
 
-def batch(train: Bytes, **options: Any) -> torch.Tensor:
-    usual: dict[str, Any] = {"seed": 7, "step": 0, "sequences": range(16), "seq_len": 1}
+def batch(train, **options):
+    usual = {"seed": 7, "step": 0, "sequences": range(16), "seq_len": 1}
     return training_batch(train, **usual | options)
 
 
@@ -306,11 +291,9 @@ def batch(train: Bytes, **options: Any) -> torch.Tensor:
     size=st.integers(1, 40),
     cuts=st.lists(st.integers(0, 40)),
 )
-def test_same_sequences_however_the_batch_is_split(
-    seed: int, step: int, size: int, cuts: list[int]
-) -> None:
+def test_same_sequences_however_the_batch_is_split(seed, step, size, cuts):
     train = np.frombuffer(TEXT, np.uint8)
-    options: dict[str, Any] = {"seed": seed, "step": step, "seq_len": 8}
+    options = {"seed": seed, "step": step, "seq_len": 8}
     borders = [0, *sorted(cut for cut in cuts if cut < size), size]
     pieces = [
         training_batch(train, **options, sequences=range(a, b))
@@ -322,7 +305,7 @@ def test_same_sequences_however_the_batch_is_split(
     assert torch.equal(training_batch(train, **options, sequences=range(0, size, 2)), whole[::2])
 
 
-def test_sequences_are_windows_of_the_text() -> None:
+def test_sequences_are_windows_of_the_text():
     train = np.frombuffer(TEXT, np.uint8)
     found = batch(train, step=3, sequences=range(4), seq_len=512)
     assert found.shape == (4, 513)
@@ -330,12 +313,12 @@ def test_sequences_are_windows_of_the_text() -> None:
     assert all(bytes(row.tolist()) in TEXT for row in found)
 
 
-def test_sequences_are_those_of_every_other_machine_and_version() -> None:
+def test_sequences_are_those_of_every_other_machine_and_version():
     starts = [batch(ALL_BYTES, step=step, sequences=range(4))[:, 0].tolist() for step in (0, 1)]
     assert starts == [[222, 222, 166, 111], [26, 51, 25, 127]]
 
 
-def test_starts_are_uniform_over_all_windows() -> None:
+def test_starts_are_uniform_over_all_windows():
     train = ALL_BYTES[:12]  # 10 windows of 3 bytes
     starts = batch(train, sequences=range(20_000), seq_len=2)[:, 0]
     counts = torch.bincount(starts, minlength=10)
@@ -344,14 +327,12 @@ def test_starts_are_uniform_over_all_windows() -> None:
     assert (counts - 2000).abs().max() < 212
 
 
-def test_text_of_one_window_is_enough() -> None:
+def test_text_of_one_window_is_enough():
     assert batch(ALL_BYTES[:9], seq_len=8).tolist() == [list(range(9))] * 16
 
 
 @given(length=st.integers(2, 256), seq_len=st.integers(1, 255), count=st.integers(1, 300))
-def test_validation_windows_are_evenly_spaced_from_first_to_last(
-    length: int, seq_len: int, count: int
-) -> None:
+def test_validation_windows_are_evenly_spaced_from_first_to_last(length, seq_len, count):
     seq_len = min(seq_len, length - 1)
     starts = validation_starts(ALL_BYTES[:length], count=count, seq_len=seq_len)
     assert len(starts) == count
@@ -363,10 +344,8 @@ def test_validation_windows_are_evenly_spaced_from_first_to_last(
 
 
 @given(st.integers(20, 256), st.integers(1, 20), st.integers(2, 20))
-def test_windows_midway_have_no_byte_in_common_with_the_others(
-    length: int, seq_len: int, count: int
-) -> None:
-    def windows(**options: Any) -> torch.Tensor:
+def test_windows_midway_have_no_byte_in_common_with_the_others(length, seq_len, count):
+    def windows(**options):
         text = ALL_BYTES[:length]
         starts = validation_starts(text, count=count, seq_len=seq_len, **options)
         return windows_at(text, starts, seq_len)
@@ -380,7 +359,7 @@ def test_windows_midway_have_no_byte_in_common_with_the_others(
     assert not set(windows().flatten().tolist()) & set(midway.flatten().tolist())
 
 
-def test_text_shorter_than_a_window_is_one_line() -> None:
+def test_text_shorter_than_a_window_is_one_line():
     for cut in (batch, lambda part, seq_len: validation_starts(part, count=1, seq_len=seq_len)):
         cut(ALL_BYTES[:100], seq_len=99)
         with pytest.raises(UserError, match=r"seq_len=100: .* has 100 bytes and needs 101"):
@@ -388,5 +367,5 @@ def test_text_shorter_than_a_window_is_one_line() -> None:
 
 
 @given(st.integers(2, 10**9))
-def test_the_training_part_is_never_the_shorter_one(size: int) -> None:
+def test_the_training_part_is_never_the_shorter_one(size):
     assert split_point(size) >= size - split_point(size)

@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import platform
 import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from megalodon_enwik8.device import keep_freed_memory
 from megalodon_enwik8.training import train
 
 
-def faults(times: int) -> int:
+def faults(times):
     """Of the pages of so many tensors, each freed before the next."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
@@ -22,7 +19,7 @@ def faults(times: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def count_faults(queue: Any) -> None:
+def count_faults(queue):
     """Before freed memory is kept, and after."""
     given_back = faults(10)
     keep_freed_memory()
@@ -31,7 +28,7 @@ def count_faults(queue: Any) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_kept_for_the_next_allocation(processes: Any) -> None:
+def test_freed_memory_is_kept_for_the_next_allocation(processes):
     queue = processes.Queue()
     process = processes.Process(target=count_faults, args=(queue,))
     process.start()
@@ -40,7 +37,7 @@ def test_freed_memory_is_kept_for_the_next_allocation(processes: Any) -> None:
     assert kept < given_back / 20  # huge pages, where they are, make both small
 
 
-def test_training_asks_for_it(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_asks_for_it(make_tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(training, "keep_freed_memory", lambda: asked.append(True))
     assert train(make_tiny("llama", num_batches=1)) == 0
@@ -52,13 +49,8 @@ def test_training_asks_for_it(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -
     [("AVX2", "x86_64", False), ("AVX512", "x86_64", True), ("DEFAULT", "arm64", True)],
 )
 def test_auto_is_bfloat16_where_the_processor_has_it_and_is_stored_as_what_it_was(
-    capability: str,
-    machine: str,
-    fast: bool,
-    make_tiny: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    capability, machine, fast, make_tiny, monkeypatch, capsys
+):
     monkeypatch.setenv("FORCE_DEVICE", "cpu")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("platform.machine", lambda: machine)

@@ -1,7 +1,5 @@
 """A run under torchrun is the run of one process; and it ends, or goes on, when one is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -13,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -59,7 +56,7 @@ generate_length: 8
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """Where a text and its config lie, as the working directory."""
     words = (ROOT / "LICENSE").read_text().split()
     (tmp_path / "text").write_text(" ".join(words * 100))
@@ -68,15 +65,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def launch(folder: Path, count: int, *arguments: object) -> Any:
+def launch(folder, count, *arguments):
     return torchrun(count, ROOT / "train.py", "--config", "tiny.yaml", *arguments, cwd=folder)
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
+def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
+def assert_same_run(ours, theirs):
     """Losses, norms, samples and final weights, but for the order of sums."""
     a, b = rows(ours), rows(theirs)
     assert [row["step"] for row in a] == [row["step"] for row in b]
@@ -91,13 +88,13 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert_same_weights(ours_end, theirs_end)
 
 
-def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_same_weights(ours, theirs):
     """By their norms: Adam makes a whole step of the sign of a gradient that is nearly 0."""
     for name, weight in theirs.items():
         assert (ours[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-6, name
 
 
-JOBS: list[tuple[str, str | None, list[str]]] = [
+JOBS = [
     ("data", None, ["batch_size=4", "grad_accum_every=2"]),
     ("time", None, ["chunk_parallel=2"]),
     ("shard", None, ["shard=true"]),
@@ -107,7 +104,7 @@ JOBS: list[tuple[str, str | None, list[str]]] = [
 ]
 
 
-def train_all(rank: int) -> None:
+def train_all(rank):
     """The jobs, as one of two processes; what is said goes to a file."""
     dist.init_process_group("gloo", f"file://{Path('store').resolve()}", rank=rank, world_size=2)
     with open(f"said by {rank}", "w") as file, contextlib.redirect_stdout(file):
@@ -117,7 +114,7 @@ def train_all(rank: int) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_train_as_one(folder: Path, processes: Any) -> None:
+def test_two_processes_train_as_one(folder, processes):
     """Data parallel, sharded, and along time; and what one layout saved another resumes."""
     both = [processes.Process(target=train_all, args=(rank,)) for rank in range(2)]
     for process in both:
@@ -136,7 +133,7 @@ def test_two_processes_train_as_one(folder: Path, processes: Any) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_share_sequences_and_time(folder: Path) -> None:
+def test_four_processes_share_sequences_and_time(folder):
     assert train(load_config("tiny.yaml", ["run_dir=one"])) == 0
     code, said = outcome(launch(folder, 4, "run_dir=four", "chunk_parallel=2"))
     assert code == 0, said
@@ -146,7 +143,7 @@ def test_four_processes_share_sequences_and_time(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [["--stream", "--streams", "3", "--piece", "40"], []])
-def test_a_split_is_scored_the_same_by_several(how: list[str], folder: Path) -> None:
+def test_a_split_is_scored_the_same_by_several(how, folder):
     assert train(load_config("tiny.yaml", ["run_dir=one", "num_batches=1"])) == 0
     script = ROOT / "megalodon_enwik8" / "evaluation.py"
     scores = []
@@ -176,7 +173,7 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_said_once(mistake: str, folder: Path) -> None:
+def test_a_mistake_is_said_once(mistake, folder):
     (folder / "there").mkdir()
     (folder / "there" / "config.yaml").touch()
     count, message = MISTAKES[mistake]
@@ -194,9 +191,7 @@ def test_a_mistake_is_said_once(mistake: str, folder: Path) -> None:
         (["chunk_parallel=2"], "needs a multiple of 2 processes, as in torchrun"),
     ],
 )
-def test_one_process_alone_has_nobody_to_share_with(
-    folder: Path, overrides: list[str], message: str
-) -> None:
+def test_one_process_alone_has_nobody_to_share_with(folder, overrides, message):
     with pytest.raises(UserError, match=message):
         train(load_config("tiny.yaml", overrides))
 
@@ -205,9 +200,7 @@ def test_one_process_alone_has_nobody_to_share_with(
     ("device", "message"),
     [("mps", "need NVIDIA GPUs, or FORCE_DEVICE=cpu"), ("cuda", "--nproc_per_node=2 here")],
 )
-def test_a_process_without_a_device_of_its_own_is_refused(
-    device: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_without_a_device_of_its_own_is_refused(device, message, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -215,7 +208,7 @@ def test_a_process_without_a_device_of_its_own_is_refused(
         pytest.fail("joined")
 
 
-def test_a_llama_has_no_parts_along_time(folder: Path) -> None:
+def test_a_llama_has_no_parts_along_time(folder):
     (folder / "llama.yaml").write_text("model: llama\n")
     with pytest.raises(UserError, match="a Llama attends to a whole sequence, and has shard"):
         load_config("llama.yaml", ["chunk_parallel=2"])
@@ -224,7 +217,7 @@ def test_a_llama_has_no_parts_along_time(folder: Path) -> None:
 LONG = ("num_batches=40", "validate_every=0", "generate_every=0", "save_every=5")
 
 
-def lose_one(launcher: subprocess.Popen[str], run: Path, number: int = signal.SIGKILL) -> None:
+def lose_one(launcher, run, number=signal.SIGKILL):
     """Send a signal to one of the processes once the run is under way."""
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoint_00000005.pt")) and time.monotonic() < deadline:
@@ -234,7 +227,7 @@ def lose_one(launcher: subprocess.Popen[str], run: Path, number: int = signal.SI
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_process_ends_all_and_one_alone_goes_on(folder: Path) -> None:
+def test_the_loss_of_a_process_ends_all_and_one_alone_goes_on(folder):
     run = folder / "run"
     launcher = launch(folder, 2, "run_dir=run", *LONG)
     lose_one(launcher, run)
@@ -270,9 +263,7 @@ sys.exit(training.train(config.load_config("tiny.yaml", ["run_dir=run", *sys.arg
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("machines", "lost", "last"), [(1, 1, 0), (1, 1, 1), (2, 0, 1), (2, 1, 0)])
-def test_a_restarted_run_goes_on_by_itself(
-    machines: int, lost: int, last: int, folder: Path
-) -> None:
+def test_a_restarted_run_goes_on_by_itself(machines, lost, last, folder):
     """On two machines too, of which each knows its own restarts alone."""
     short = ("num_batches=10", *LONG[1:])
     (folder / "one_is_lost.py").write_text(ONE_IS_LOST)
@@ -291,10 +282,10 @@ def test_a_restarted_run_goes_on_by_itself(
     assert_same_run(folder / "run", folder / "one")
 
 
-def test_processes_meet_apart_from_those_lost_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_meet_apart_from_those_lost_before(monkeypatch):
     """Whoever was lost, at whatever moment, and whoever of the others comes last."""
     store = dist.HashStore()
-    names: list[str] = []
+    names = []
     for here in ([0, 1, 2], [2, 1, 0], [1], [0], [1, 0, 2], [2, 1], [0, 2], [2, 0, 1]):
         wait = 60.0 if len(here) == 3 else 0.2
         monkeypatch.setattr(distributed, "HANG_S", wait)
@@ -313,7 +304,7 @@ def test_processes_meet_apart_from_those_lost_before(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_all_within_a_minute(folder: Path) -> None:
+def test_a_process_that_hangs_ends_all_within_a_minute(folder):
     launcher = launch(folder, 2, "run_dir=run", *LONG)
     lose_one(launcher, folder / "run", signal.SIGSTOP)
     began = time.monotonic()
@@ -324,7 +315,7 @@ def test_a_process_that_hangs_ends_all_within_a_minute(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_writing_may_take_longer_than_a_process_that_hangs(folder: Path) -> None:
+def test_writing_may_take_longer_than_a_process_that_hangs(folder):
     script = """
 import sys, time
 from megalodon_enwik8 import config, distributed, run_folder, training
@@ -339,7 +330,7 @@ sys.exit(training.train(config.load_config("tiny.yaml", ["run_dir=run", "save_ev
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_saves(number: int, folder: Path) -> None:
+def test_a_signal_to_the_launcher_saves(number, folder):
     launcher = launch(folder, 2, "run_dir=run", *LONG, "num_batches=1000")
     deadline = time.monotonic() + 120
     while not list((folder / "run").glob("checkpoint_*5.pt")) and time.monotonic() < deadline:

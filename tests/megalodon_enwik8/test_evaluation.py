@@ -1,13 +1,10 @@
 """The loss on fixed text counts every byte once, however it is cut into batches."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,13 +23,11 @@ from .programs import refused, run
 
 
 @pytest.fixture
-def model(make_tiny: Any, model_name: str) -> Any:
+def model(make_tiny, model_name):
     return build_model(make_tiny(model_name, attention_dropout=0.5)).train()
 
 
-def test_fixed_windows_give_their_mean_in_batches_of_any_size(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fixed_windows_give_their_mean_in_batches_of_any_size(model, monkeypatch):
     text = np.random.default_rng(7).integers(256, size=90, dtype=np.uint8)
     starts = [0, 3, 30, 30, 65]
     model.eval()
@@ -45,7 +40,7 @@ def test_fixed_windows_give_their_mean_in_batches_of_any_size(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, Path]:
+def trained(tmp_path_factory, text_file):
     """Weights of either model after one step."""
     paths = {}
     for name in MODELS:
@@ -56,9 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[s
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_without_options_the_figure_is_that_of_the_training(
-    trained: dict[str, Path], name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_options_the_figure_is_that_of_the_training(trained, name, capfd):
     path = trained[name]
     assert run(main, path) == 0
     rows = read_metrics(path.with_name("metrics.jsonl"))
@@ -70,9 +63,7 @@ def test_without_options_the_figure_is_that_of_the_training(
     assert f"bpc: {result['bpc']}" in capfd.readouterr().out
 
 
-def test_figures_go_where_they_are_asked_to(
-    trained: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_go_where_they_are_asked_to(trained, tmp_path, capfd):
     other = tmp_path / "other.txt"
     other.write_bytes(b"another text " * 100)
     windows, stream = tmp_path / "w.json", tmp_path / "s.json"
@@ -92,14 +83,10 @@ def test_figures_go_where_they_are_asked_to(
     assert json.loads(stream.read_text())["reading"] == {"streams": 1, "piece": 8192}
 
 
-def test_what_the_evaluation_refuses_is_one_line(
-    trained: dict[str, Path],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_what_the_evaluation_refuses_is_one_line(trained, tmp_path, capfd):
     (tmp_path / "two").write_bytes(b"abcdefghij")
     megalodon, llama = trained["megalodon"], trained["llama"]
-    cases: dict[tuple[object, ...], str] = {
+    cases = {
         (): "the following arguments are required: checkpoint",
         (tmp_path / "none.pt",): "none.pt: no such checkpoint",
         (llama, "--context", 0): "argument --context: '0' is not a whole number >= 1",
@@ -121,9 +108,7 @@ def test_what_the_evaluation_refuses_is_one_line(
 
 
 @pytest.mark.slow  # reads 11 MB
-def test_streaming_takes_the_same_memory_for_ten_times_the_text(
-    trained: dict[str, Path], tmp_path: Path
-) -> None:
+def test_streaming_takes_the_same_memory_for_ten_times_the_text(trained, tmp_path):
     peaks = []
     for size in (1_000_000, 10_000_000):
         path, out = tmp_path / "text", tmp_path / "out.json"

@@ -1,14 +1,11 @@
 """Checkpoints as folders that transformers loads."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,7 +32,7 @@ from .programs import refused
 ROOT = Path(__file__).parents[2]
 
 
-def write_checkpoint(path: Path, config: Any) -> Path:
+def write_checkpoint(path, config):
     path.parent.mkdir(parents=True, exist_ok=True)
     model = build_model(config)
     with torch.no_grad():
@@ -46,31 +43,29 @@ def write_checkpoint(path: Path, config: Any) -> Path:
 
 
 @pytest.fixture
-def checkpoint(make_tiny: Any, model_name: str, tmp_path: Path) -> Path:
+def checkpoint(make_tiny, model_name, tmp_path):
     """A checkpoint of either model."""
     return write_checkpoint(tmp_path / "run" / "final.pt", make_tiny(model_name))
 
 
-def files_of(model_name: str) -> set[str]:
+def files_of(model_name):
     files = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     files |= {"tokenization_megalodon.py", "tokenizer_config.json"}
     return files | ({"modeling_megalodon.py"} if model_name == "megalodon" else set())
 
 
-def export(checkpoint: Path, folder: Path) -> int:
+def export(checkpoint, folder):
     return main([str(checkpoint), str(folder)])
 
 
-def card_of(checkpoint: Path) -> str:
+def card_of(checkpoint):
     with tempfile.TemporaryDirectory() as folder:
         export(checkpoint, Path(folder))
         return Path(folder, "README.md").read_text()
 
 
 @torch.no_grad()
-def test_the_folder_holds_the_model_and_its_tokenizer(
-    checkpoint: Path, model_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_holds_the_model_and_its_tokenizer(checkpoint, model_name, tmp_path, capsys):
     folder = tmp_path / "made" / "here"
     assert export(checkpoint, folder) == 0
     out, err = capsys.readouterr()
@@ -95,8 +90,8 @@ def test_the_folder_holds_the_model_and_its_tokenizer(
 
 
 def test_byte_0_ends_what_an_export_writes_and_what_a_checkpoint_writes_it_does_not(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+    checkpoint, tmp_path
+):
     export(checkpoint, tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     for settings in (model.config, model.generation_config):
@@ -109,9 +104,7 @@ def test_byte_0_ends_what_an_export_writes_and_what_a_checkpoint_writes_it_does_
     assert before.generate(ids, **options).tolist() == [[97, 98, 0, 0, 0, 0, 0]]
 
 
-def test_an_export_pads_and_trains_with_nothing_set_by_hand(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_export_pads_and_trains_with_nothing_set_by_hand(checkpoint, tmp_path, caplog):
     export(checkpoint, tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -151,9 +144,7 @@ def test_an_export_pads_and_trains_with_nothing_set_by_hand(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_the_tour_of_clients_runs_as_printed(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tour_of_clients_runs_as_printed(checkpoint, tmp_path, monkeypatch):
     tour = (ROOT / "docs" / "clients.md").read_text()
     blocks = dict(re.findall(r"## ([^\n]+)\n\n```(?:python|sh)\n(.*?)```", tour, re.S))
     assert len(blocks) == 6
@@ -168,7 +159,7 @@ def test_the_tour_of_clients_runs_as_printed(
 
 
 class TestModelCard:
-    def test_states_what_the_run_measured(self, make_tiny: Any, tmp_path: Path) -> None:
+    def test_states_what_the_run_measured(self, make_tiny, tmp_path):
         config = make_tiny("megalodon", full_validation=True)
         assert train(config) == 0
         run = Path(config.run_dir)
@@ -184,9 +175,7 @@ class TestModelCard:
             assert "**Licence of the text**: not known" in card
             assert str(tmp_path) not in card
 
-    def test_names_the_text_and_its_licence(
-        self, make_tiny: Any, model_name: str, tmp_path: Path
-    ) -> None:
+    def test_names_the_text_and_its_licence(self, make_tiny, model_name, tmp_path):
         texts = {"sample": "GFDL", "data/enwik8.gz": "GFDL", "code": "Apache-2.0"}
         for data_path, licence in texts.items():
             path = write_checkpoint(tmp_path / "one.pt", make_tiny(model_name, data_path=data_path))
@@ -195,7 +184,7 @@ class TestModelCard:
             front = yaml.safe_load(card.split("---")[1])
             assert front["tags"] == [model_name, "byte-level"]
 
-    def test_invents_no_loss(self, make_tiny: Any, tmp_path: Path) -> None:
+    def test_invents_no_loss(self, make_tiny, tmp_path):
         config = make_tiny("megalodon")
         assert train(config) == 0
         run, moved = Path(config.run_dir), tmp_path / "moved" / "final.pt"
@@ -211,9 +200,7 @@ class TestModelCard:
         assert "not known, since" in card_of(moved)
 
 
-def test_a_vocabulary_wider_than_the_bytes_generates_bytes_only(
-    make_tiny: Any, model_name: str, tmp_path: Path
-) -> None:
+def test_a_vocabulary_wider_than_the_bytes_generates_bytes_only(make_tiny, model_name, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "wide.pt", make_tiny(model_name, num_tokens=1000))
     export(checkpoint, tmp_path / "wide")
     output = pipeline("text-generation", str(tmp_path / "wide"))(
@@ -223,13 +210,11 @@ def test_a_vocabulary_wider_than_the_bytes_generates_bytes_only(
 
 
 @pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
-def test_mistakes_are_one_line_and_code_2(
-    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line_and_code_2(checkpoint, tmp_path, capfd):
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(checkpoint.read_bytes()[:-100])
     target = tmp_path / "target"
-    cases: list[tuple[list[str | Path], str]] = [
+    cases = [
         ([], "required: checkpoint, DIR"),
         ([checkpoint], "required: DIR"),
         ([checkpoint, target, "--force"], "unrecognized arguments: --force"),
@@ -247,12 +232,10 @@ def test_mistakes_are_one_line_and_code_2(
 
 @pytest.mark.parametrize("failing", ["save_pretrained", "replace"])
 @pytest.mark.parametrize("model_name", ["megalodon"], indirect=True)
-def test_a_full_disk_leaves_nothing(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
+def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch, failing):
     folder = tmp_path / "exported"
 
-    def full(*_: Any, **__: Any) -> None:
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     owner = "transformers.PreTrainedModel" if failing == "save_pretrained" else "os"
@@ -262,9 +245,7 @@ def test_a_full_disk_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
-def test_the_example_in_the_readme_runs_as_printed(
-    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_in_the_readme_runs_as_printed(make_tiny, tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## Megalodon as a Hugging Face model\n")[1].split("\n## ")[0]
     command = re.findall(r"```sh\n(.*?)```", section, re.S)[0].strip()

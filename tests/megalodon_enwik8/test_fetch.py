@@ -1,7 +1,5 @@
 """Fetching enwik8 from a real server on this machine that breaks in the usual ways."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import os
@@ -9,10 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,15 +26,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.archive = zipped(TEXT)
-        self.plan: list[str] = []
+        self.plan = []
         self.last = "good"
         self.asked = 0
         self.released = threading.Event()  # ends what stalls
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self):
         """What data.py is to take for enwik8."""
         return {
             "ENWIK8_URL": f"http://127.0.0.1:{self.server_port}/enwik8.zip",
@@ -50,17 +45,17 @@ class Server(ThreadingHTTPServer):
             "DOWNLOAD_STALL_S": 0.2,
         }
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request, client_address):
         """A client that hangs up is part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format, *args):
         pass
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         does = self.server.plan.pop(0) if self.server.plan else self.server.last
         self.server.asked += 1
         body = self.server.archive
@@ -84,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch):
     with Server() as server:
         for name, value in server.facts().items():
             monkeypatch.setattr(data, name, value)
@@ -97,22 +92,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Path:
+def target(tmp_path):
     return tmp_path / "data" / "enwik8.gz"
 
 
-def get(target: Path) -> None:
+def get(target):
     corpus = load_corpus(str(target))
     assert corpus.name == "enwik8"
     assert corpus.train.tobytes() + corpus.val.tobytes() == TEXT[:190_000]
 
 
-def left_by(target: Path) -> set[str]:
+def left_by(target):
     return set(os.listdir(target.parent)) - {"enwik8.lock"}
 
 
 @pytest.mark.usefixtures("server")
-def test_fetched_file_is_the_text_under_its_name_and_nothing_else_is_left(target: Path) -> None:
+def test_fetched_file_is_the_text_under_its_name_and_nothing_else_is_left(target):
     get(target)
     assert gzip.decompress(target.read_bytes()) == TEXT
     get(target.with_suffix(""))
@@ -120,7 +115,7 @@ def test_fetched_file_is_the_text_under_its_name_and_nothing_else_is_left(target
     assert left_by(target) == {"enwik8.gz", "enwik8"}
 
 
-def test_file_in_place_is_used_without_asking(server: Server, target: Path) -> None:
+def test_file_in_place_is_used_without_asking(server, target):
     get(target)
     before = target.read_bytes()
     get(target)
@@ -131,9 +126,7 @@ def test_file_in_place_is_used_without_asking(server: Server, target: Path) -> N
 
 
 @pytest.mark.parametrize("plan", [["503"], ["503", "cut"], ["stall"], ["wrong"], ["cut", "429"]])
-def test_trouble_that_passes_ends_with_the_right_file(
-    server: Server, target: Path, plan: list[str]
-) -> None:
+def test_trouble_that_passes_ends_with_the_right_file(server, target, plan):
     server.plan = list(plan)
     get(target)
     assert server.asked == len(plan) + 1
@@ -151,9 +144,7 @@ def test_trouble_that_passes_ends_with_the_right_file(
         ("wrong", "invalid hash value"),
     ],
 )
-def test_trouble_that_stays_is_one_line_and_leaves_no_file(
-    server: Server, target: Path, behaviour: str, reason: str
-) -> None:
+def test_trouble_that_stays_is_one_line_and_leaves_no_file(server, target, behaviour, reason):
     server.last = behaviour
     with pytest.raises(UserError, match=reason) as caught:
         get(target)
@@ -171,9 +162,7 @@ def test_trouble_that_stays_is_one_line_and_leaves_no_file(
     get(place)
 
 
-def test_no_network_is_one_line(
-    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_network_is_one_line(server, target, monkeypatch):
     monkeypatch.setattr(data, "ENWIK8_URL", "http://elsewhere.invalid/enwik8.zip")
     with pytest.raises(UserError, match=r"look up elsewhere.*data_path=sample"):
         get(target)
@@ -181,21 +170,21 @@ def test_no_network_is_one_line(
 
 
 @pytest.mark.usefixtures("server")
-def test_a_fetch_goes_on_where_another_was_killed_while_it_wrote(target: Path) -> None:
+def test_a_fetch_goes_on_where_another_was_killed_while_it_wrote(target):
     target.parent.mkdir()
     target.with_name(".enwik8.gz.1.writing").touch()
     get(target)
     assert left_by(target) == {"enwik8.gz"}
 
 
-def fetch(facts: dict[str, Any], target: Path) -> None:
+def fetch(facts, target):
     os.environ["no_proxy"] = "*"
     for name, value in facts.items():
         setattr(data, name, value)
     load_corpus(str(target))
 
 
-def test_two_processes_at_once_download_once(server: Server, target: Path, processes: Any) -> None:
+def test_two_processes_at_once_download_once(server, target, processes):
     facts = {**server.facts(), "DOWNLOAD_STALL_S": 20}
     server.last = "slow"  # so that the other one comes meanwhile
     both = [processes.Process(target=fetch, args=(facts, target)) for _ in range(2)]

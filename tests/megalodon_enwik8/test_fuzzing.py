@@ -3,8 +3,6 @@
 Each property is tried on a few inputs by default and on as many as LONG says with -m slow.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc
@@ -14,9 +12,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import inference
-from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint
+from megalodon_enwik8.checkpoint import load_checkpoint
 from megalodon_enwik8.config import MODELS, ExperimentConfig, load_config
 from megalodon_enwik8.data import load_corpus
 from megalodon_enwik8.generation import generate_bytes
@@ -41,22 +37,20 @@ LONG = {"configs": 10_000, "checkpoints": 1_000, "corpora": 1_000, "prompts": 1_
 SHORT = 20
 HANG_S = 60
 
-Property = Callable[..., None]
 
-
-def inputs(kind: str) -> pytest.MarkDecorator:
+def inputs(kind):
     """Run the test with `examples` = SHORT, and with LONG[kind] under the marker slow."""
     long = pytest.param(LONG[kind], marks=pytest.mark.slow, id=f"{LONG[kind]}_{kind}")
     return pytest.mark.parametrize("examples", [pytest.param(SHORT, id=f"{SHORT}_{kind}"), long])
 
 
-def hold(examples: int, check: Property, *arguments: Any, **strategies: Any) -> None:
+def hold(examples, check, *arguments, **strategies):
     """Try `check` on so many inputs, none of which may take longer than HANG_S."""
     tried = 0
 
     @settings(max_examples=examples, database=None)
     @given(**strategies)
-    def once(**drawn: Any) -> None:
+    def once(**drawn):
         nonlocal tried
         tried += 1
         with no_longer_than(HANG_S):
@@ -67,8 +61,8 @@ def hold(examples: int, check: Property, *arguments: Any, **strategies: Any) -> 
 
 
 @contextlib.contextmanager
-def no_longer_than(seconds: int) -> Iterator[None]:
-    def hang(*_: object) -> None:
+def no_longer_than(seconds):
+    def hang(*_):
         raise AssertionError(f"no answer within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, hang)
@@ -83,16 +77,16 @@ def no_longer_than(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def one_line(error: UserError) -> None:
+def one_line(error):
     assert "\n" not in str(error)
     assert len(str(error)) < 1000
 
 
-def mutated(original: bytes, changes: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+def mutated(original, changes):
     """`original` with up to four pieces cut out, put in, repeated or replaced."""
     place = st.integers(0, len(original))
 
-    def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
+    def apply(edits):
         result = original
         for first, last, new in edits:
             low, high = sorted((first % (len(result) + 1), last % (len(result) + 1)))
@@ -144,9 +138,9 @@ configs = st.one_of(
 
 @inputs("configs")
 def test_a_config_of_any_text_is_read_back_from_its_own_file_or_refused_in_a_line(
-    examples: int, tmp_path: Path
-) -> None:
-    def check(text: bytes, overrides: list[str]) -> None:
+    examples, tmp_path
+):
+    def check(text, overrides):
         path = tmp_path / "x.yaml"
         path.write_bytes(text)
         try:
@@ -165,9 +159,7 @@ def test_a_config_of_any_text_is_read_back_from_its_own_file_or_refused_in_a_lin
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def finished(
-    request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ExperimentConfig, dict[str, bytes]]:
+def finished(request, text_file, tmp_path_factory):
     """A small run of four steps, and its files."""
     folder = tmp_path_factory.mktemp("finished")
     short = {"num_batches": 4, "validate_every": 0, "val_batches": 1}
@@ -176,7 +168,7 @@ def finished(
     return config, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+def same_weights(one, other):
     return list(one.model_state) == list(other.model_state) and all(
         torch.equal(tensor, other.model_state[name]) for name, tensor in one.model_state.items()
     )
@@ -184,8 +176,8 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
 
 @inputs("checkpoints")
 def test_a_damaged_checkpoint_is_read_right_or_refused_and_the_run_goes_on_from_another(
-    examples: int, finished: tuple[ExperimentConfig, dict[str, bytes]], tmp_path: Path
-) -> None:
+    examples, finished, tmp_path
+):
     config, originals = finished
     folder = tmp_path / "run"
     folder.mkdir()
@@ -195,7 +187,7 @@ def test_a_damaged_checkpoint_is_read_right_or_refused_and_the_run_goes_on_from_
     right = load_checkpoint(newest)
     counter = itertools.count()
 
-    def check(damaged: bytes) -> None:
+    def check(damaged):
         for path in folder.iterdir():
             path.unlink()
         for name, content in originals.items():
@@ -214,7 +206,7 @@ def test_a_damaged_checkpoint_is_read_right_or_refused_and_the_run_goes_on_from_
     hold(examples, check, damaged=mutated(originals[newest.name], st.binary(max_size=9)))
 
 
-def spoiled(content: Any) -> st.SearchStrategy[Any]:
+def spoiled(content):
     """`content` with one value in it, at any depth, replaced, taken out or put in."""
     values = [None, True, -1, 10**30, 1.5, float("nan"), "x", "", b"x", [], {}, {"x": 1}, (), [[]]]
     tensors = [
@@ -230,7 +222,7 @@ def spoiled(content: Any) -> st.SearchStrategy[Any]:
     ]
     strange = st.sampled_from([*values, *tensors])
 
-    def spoil(path: list[int], value: Any, remove: bool) -> Any:
+    def spoil(path, value, remove):
         result = copy.deepcopy(content)
         holder, key, here = None, None, result
         for number in path:
@@ -257,14 +249,14 @@ def spoiled(content: Any) -> st.SearchStrategy[Any]:
 
 @inputs("checkpoints")
 def test_a_checkpoint_with_strange_content_is_used_or_refused_in_a_line(
-    examples: int, finished: tuple[ExperimentConfig, dict[str, bytes]], tmp_path: Path
-) -> None:
+    examples, finished, tmp_path
+):
     config, originals = finished
     again = config.model_copy(update={"run_dir": str(tmp_path / "run"), "num_batches": 5})
     path = tmp_path / "strange.pt"
     path.write_bytes(originals["checkpoint_00000004.pt"])
 
-    def check(content: Any) -> None:
+    def check(content):
         torch.save(content, path)
         try:
             assert (
@@ -289,8 +281,8 @@ TEXT = b"".join(random.Random(0).choice((b"the ", b"of\n", b"[[", b"]] ")) for _
 
 
 @inputs("corpora")
-def test_a_damaged_corpus_is_read_right_or_refused_in_a_line(examples: int, tmp_path: Path) -> None:
-    def check(damaged: tuple[str, bytes], data_bytes: int | None) -> None:
+def test_a_damaged_corpus_is_read_right_or_refused_in_a_line(examples, tmp_path):
+    def check(damaged, data_bytes):
         suffix, content = damaged
         path = tmp_path / f"corpus{suffix}"
         path.write_bytes(content)
@@ -324,15 +316,12 @@ def test_a_damaged_corpus_is_read_right_or_refused_in_a_line(examples: int, tmp_
 
 @inputs("prompts")
 def test_a_prompt_of_any_bytes_is_continued_with_printable_text(
-    examples: int,
-    finished: tuple[ExperimentConfig, dict[str, bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    examples, finished, tmp_path, monkeypatch
+):
     weights, file = tmp_path / "final.pt", tmp_path / "prompt"
     weights.write_bytes(finished[1]["final.pt"])
 
-    def check(prompt: bytes, options: list[str]) -> None:
+    def check(prompt, options):
         file.write_bytes(prompt)
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         with monkeypatch.context() as patch:

@@ -1,10 +1,7 @@
 """Building and compiling either model."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalodon_enwik8 import models
-from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.config import load_config
 from megalodon_enwik8.distributed import World
 from megalodon_enwik8.evaluation import score_windows
 from megalodon_enwik8.generation import generate_bytes
@@ -41,7 +38,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_published_files_build_the_models_that_they_build_there(name: str) -> None:
+def test_published_files_build_the_models_that_they_build_there(name):
     config = load_config(Path(__file__).parent / "published" / f"{name}.yaml")
     with torch.device("meta"):
         assert count_parameters(build_model(config)) == PARAMETERS[name]
@@ -50,13 +47,13 @@ def test_published_files_build_the_models_that_they_build_there(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "parameters"), [("megalodon_multichunk_512", 11_277_696), ("llama_512", 12_489_600)]
 )
-def test_shipped_files_build_the_models_of_the_comparison(name: str, parameters: int) -> None:
+def test_shipped_files_build_the_models_of_the_comparison(name, parameters):
     config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     with torch.device("meta"):
         assert count_parameters(build_model(config)) == parameters
 
 
-def test_weights_are_a_function_of_the_seed(make_tiny: Any, model_name: str) -> None:
+def test_weights_are_a_function_of_the_seed(make_tiny, model_name):
     first = build_model(make_tiny(model_name)).state_dict()
     torch.rand(3)  # whatever happened to the generator before
     again = build_model(make_tiny(model_name)).state_dict()
@@ -65,7 +62,7 @@ def test_weights_are_a_function_of_the_seed(make_tiny: Any, model_name: str) -> 
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_loss_is_that_of_the_next_byte(make_tiny: Any, model_name: str) -> None:
+def test_loss_is_that_of_the_next_byte(make_tiny, model_name):
     model = build_model(make_tiny(model_name)).eval()
     batch = torch.randint(256, (3, 21))
     with torch.no_grad():
@@ -74,7 +71,7 @@ def test_loss_is_that_of_the_next_byte(make_tiny: Any, model_name: str) -> None:
         torch.testing.assert_close(byte_losses(model, batch).sum(), expected)
 
 
-def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny: Any) -> None:
+def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny):
     # PyTorch draws a matrix uniformly within 1/sqrt(fan_in), transformers from N(0, 0.02).
     for tied in (True, False):
         config = make_tiny("llama", tied_embedding=tied, llama_init="pytorch", dim=64, heads=4)
@@ -86,7 +83,7 @@ def test_llama_init_pytorch_keeps_embeddings_and_redraws_matrices(make_tiny: Any
         assert (model.get_output_embeddings().weight is embedding) == tied
 
 
-def test_sizes_that_no_llama_has_are_one_line(make_tiny: Any) -> None:
+def test_sizes_that_no_llama_has_are_one_line(make_tiny):
     with pytest.raises(UserError, match=r"^model=llama: .*not a multiple of the number"):
         build_model(make_tiny("llama", dim=17))
 
@@ -99,15 +96,13 @@ def test_sizes_that_no_llama_has_are_one_line(make_tiny: Any) -> None:
         ({"value_dim": 5}, "value_dim=5: must be a multiple of num_heads=2"),
     ],
 )
-def test_sizes_that_no_megalodon_has_are_one_line(
-    make_tiny: Any, changes: dict[str, int], line: str
-) -> None:
+def test_sizes_that_no_megalodon_has_are_one_line(make_tiny, changes, line):
     with pytest.raises(UserError, match=f"^model=megalodon: {line}"):
         build_model(make_tiny("megalodon", **changes))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_fan_in_draws_either_model_alike(make_tiny: Any, model_name: str, tied: bool) -> None:
+def test_fan_in_draws_either_model_alike(make_tiny, model_name, tied):
     wide = {
         "llama": {"llama_init": "fan_in", "dim": 64, "tied_embedding": tied},
         "megalodon": {"init_mode": "fan_in", "model_dim": 64, "share_emb": tied, "z_dim": 32},
@@ -122,7 +117,7 @@ def test_fan_in_draws_either_model_alike(make_tiny: Any, model_name: str, tied: 
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(1 / 8, rel=0.1)
 
 
-def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny: Any) -> None:
+def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny):
     batch = torch.randint(256, (2, 20))
     fused, written_out = (build_model(make_tiny("llama", flash_attn=on)) for on in (True, False))
     assert written_out.config._attn_implementation == "eager"
@@ -130,9 +125,7 @@ def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny: Any) -> Non
     torch.testing.assert_close(fused(batch).logits, written_out(batch).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
-    make_tiny: Any, model_name: str
-) -> None:
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(make_tiny, model_name):
     batch = torch.randint(256, (2, 25))
     gradients, products = [], []
     for enabled in (False, True):
@@ -150,9 +143,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
-def test_compile_auto_says_what_it_chose_and_why(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile_auto_says_what_it_chose_and_why(make_tiny, monkeypatch):
     config = make_tiny("llama", compile="auto")
     assert "too few" in compile_layers(build_model(config), config)
     monkeypatch.setattr(models, "COMPILE_PAYS_FLOPS", 0)
@@ -164,16 +155,14 @@ def test_compile_auto_says_what_it_chose_and_why(
     assert "install a C++ compiler" in compile_layers(model, config)
 
 
-def test_compile_true_without_a_compiler_is_refused(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile_true_without_a_compiler_is_refused(make_tiny, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     config = make_tiny("llama", compile=True)
     with pytest.raises(UserError, match=r"compile=true: install a C\+\+ compiler"):
         compile_layers(build_model(config), config)
 
 
-def test_graphs_are_refused_where_there_are_none(make_tiny: Any) -> None:
+def test_graphs_are_refused_where_there_are_none(make_tiny):
     config = make_tiny("llama", compile="graphs", grad_accum_every=1)
     with pytest.raises(
         UserError, match="compile=graphs: use another device, or set compile: false"
@@ -185,15 +174,15 @@ def test_graphs_are_refused_where_there_are_none(make_tiny: Any) -> None:
         world.check(config)
 
 
-def read_some(model: Any) -> None:
+def read_some(model):
     text = np.arange(60, dtype=np.uint8)
     score_windows(model, text, context=19, stride=19, use_autocast=False)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graphs_train_as_layers_without_them(make_tiny: Any, model_name: str) -> None:
-    def losses(compile: Any) -> list[float]:
+def test_graphs_train_as_layers_without_them(make_tiny, model_name):
+    def losses(compile):
         config = make_tiny(model_name, compile=compile, batch_size=4, grad_accum_every=1)
         model = build_model(config).cuda().train()
         compile_layers(model, config)
@@ -213,14 +202,12 @@ def test_graphs_train_as_layers_without_them(make_tiny: Any, model_name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_layers_compile_once_and_give_the_same_gradients(
-    make_tiny: Any, model_name: str, autocast: bool
-) -> None:
+def test_compiled_layers_compile_once_and_give_the_same_gradients(make_tiny, model_name, autocast):
     torch._dynamo.reset()
     batch = torch.randint(256, (2, 25))
-    model: Any = None
+    model = None
 
-    def gradients(config: ExperimentConfig) -> list[torch.Tensor]:
+    def gradients(config):
         nonlocal model
         model = build_model(config).train()
         compile_layers(model, config)

@@ -1,10 +1,5 @@
 """Megalodons without a part: what is left is the same, and they still stream."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -18,7 +13,7 @@ ABLATIONS = ["no_cema", "layer_norm"]
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_everything_else_is_the_same(make_tiny: Any, ablation: str) -> None:
+def test_everything_else_is_the_same(make_tiny, ablation):
     whole = build_model(make_tiny("megalodon")).state_dict()
     part = build_model(make_tiny("megalodon", ablation=ablation)).state_dict()
     left_out = {name for name in whole if ".cema." in name} if ablation == "no_cema" else set()
@@ -27,7 +22,7 @@ def test_everything_else_is_the_same(make_tiny: Any, ablation: str) -> None:
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
 
-def test_parameters_of_the_shipped_size(make_tiny: Any) -> None:
+def test_parameters_of_the_shipped_size(make_tiny):
     config = make_tiny("megalodon", model_dim=384, norm_num_groups=32, cema_ndim=8)
     whole, without, layer_norm = (
         count_parameters(build_model(config.model_copy(update={"ablation": ablation})))
@@ -39,7 +34,7 @@ def test_parameters_of_the_shipped_size(make_tiny: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_pieces_and_padded_rows_equal_the_whole(make_tiny: Any, ablation: str) -> None:
+def test_pieces_and_padded_rows_equal_the_whole(make_tiny, ablation):
     model = build_model(make_tiny("megalodon", ablation=ablation)).eval()
     text = torch.randint(256, (2, 37))
     whole = model(text, use_cache=False).logits
@@ -56,7 +51,7 @@ def test_pieces_and_padded_rows_equal_the_whole(make_tiny: Any, ablation: str) -
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_what_is_left_out_has_no_say(make_tiny: Any, ablation: str) -> None:
+def test_what_is_left_out_has_no_say(make_tiny, ablation):
     """Without the average, nothing passes a chunk's border but the norm's statistics; with
     LayerNorm, nothing but the average; with neither, nothing at all."""
     model = build_model(make_tiny("megalodon", ablation=ablation)).eval()
@@ -65,7 +60,7 @@ def test_what_is_left_out_has_no_say(make_tiny: Any, ablation: str) -> None:
     changed = text.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 256
 
-    def reaches() -> bool:
+    def reaches():
         with torch.no_grad():
             return not torch.equal(model(text).logits[:, chunk:], model(changed).logits[:, chunk:])
 
@@ -80,13 +75,13 @@ def test_what_is_left_out_has_no_say(make_tiny: Any, ablation: str) -> None:
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_weight_is_trained(make_tiny: Any, ablation: str) -> None:
+def test_every_weight_is_trained(make_tiny, ablation):
     model = build_model(make_tiny("megalodon", ablation=ablation))
     byte_losses(model, torch.randint(256, (2, 25))).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_an_ablated_model_is_not_exported(make_tiny: Any, tmp_path: Path) -> None:
+def test_an_ablated_model_is_not_exported(make_tiny, tmp_path):
     config = make_tiny("megalodon", ablation="no_cema")
     path = tmp_path / "final.pt"
     state = build_model(config).state_dict()

@@ -1,12 +1,9 @@
 """What is counted is what launches something, inside custom operators too, and the committed counts
 are those of today's code."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from megalodon_enwik8.benchmark import task as measuring
 from megalodon_enwik8.benchmark.__main__ import plan
 from megalodon_enwik8.benchmark.operations import DTYPE_COPY, Operations
 from megalodon_enwik8.benchmark.task import Task
-from megalodon_enwik8.config import MODELS, ExperimentConfig
+from megalodon_enwik8.config import MODELS
 
 RESULTS = Path(__file__).parents[2] / "results" / "benchmarks"
 NARROW = {
@@ -25,20 +22,20 @@ NARROW = {
 }
 
 
-def count(function: Any, *arguments: Any) -> dict[str, int]:
+def count(function, *arguments):
     with Operations() as operations:
         function(*arguments)
     return dict(operations.found)
 
 
-def toy(x: Tensor) -> Tensor:
+def toy(x):
     """Two operations, views, and memory without content."""
     torch.empty_like(x)
     return (x.t().unsqueeze(0)[..., :2] * 2).sum()
 
 
 @pytest.fixture
-def toy_operator() -> Any:
+def toy_operator():
     """x -> x sin(x) and a padded copy that goes nowhere: three operations; x -> cos(x) in the
     backward: two."""
 
@@ -58,24 +55,24 @@ def toy_operator() -> Any:
     return forward
 
 
-def test_views_and_memory_without_content_are_left_out() -> None:
+def test_views_and_memory_without_content_are_left_out():
     assert count(toy, torch.ones(2, 3)) == {"aten.mul.Tensor": 1, "aten.sum.default": 1}
 
 
-def test_what_writes_in_place_is_counted() -> None:
+def test_what_writes_in_place_is_counted():
     x = torch.ones(3)
     found = count(lambda: (x.add_(1), x[1:].mul_(2), torch.sin(x, out=x)))
     assert found == {"aten.add_.Tensor": 1, "aten.mul_.Tensor": 1, "aten.sin.out": 1}
 
 
-def test_copies_to_another_dtype_are_told_from_others() -> None:
+def test_copies_to_another_dtype_are_told_from_others():
     x, y = torch.ones(3), torch.ones(3, dtype=torch.bfloat16)
     found = count(lambda: (x.bfloat16(), x.copy_(y), x.copy_(x + 1), x.clone(), x.float()))
     assert found.pop(DTYPE_COPY) == 2
     assert found == {"aten.copy_.default": 1, "aten.add.Tensor": 1, "aten.clone.default": 1}
 
 
-def test_a_custom_operator_counts_as_what_it_does_inside(toy_operator: Any) -> None:
+def test_a_custom_operator_counts_as_what_it_does_inside(toy_operator):
     x = torch.ones(2, 3, requires_grad=True)
     with Operations() as forward:
         y = toy_operator(x)
@@ -92,11 +89,11 @@ def test_a_custom_operator_counts_as_what_it_does_inside(toy_operator: Any) -> N
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow(monkeypatch):
     """Models a quarter as wide: no number of operations depends on a width."""
     whole = Task.config
 
-    def config(self: Task, model: str) -> ExperimentConfig:
+    def config(self, model):
         return whole(self, model).model_copy(update=NARROW[model])
 
     monkeypatch.setattr(Task, "config", config)
@@ -107,7 +104,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("model", MODELS)
-def test_the_committed_counts_are_those_of_the_code(model: str) -> None:
+def test_the_committed_counts_are_those_of_the_code(model):
     """Another version of PyTorch may take operations apart in another way."""
     committed = json.loads((RESULTS / "count.json").read_text())
     if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
@@ -121,7 +118,7 @@ def test_the_committed_counts_are_those_of_the_code(model: str) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_attention_is_one_operation_each_way() -> None:
+def test_attention_is_one_operation_each_way():
     with measuring.as_on_a_gpu():
         found = measuring.block_operations(COUNT)
     for part in ("forward", "backward"):
@@ -131,7 +128,7 @@ def test_attention_is_one_operation_each_way() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_and_a_compiled_block_are_counted(model: str, tmp_path: Path) -> None:
+def test_a_step_and_a_compiled_block_are_counted(model, tmp_path):
     """Of two layers in float32, which is quick: a step has both layers' operations and more; the
     compiler makes of a block fewer kernels than it has operations."""
     settings = COUNT.settings | measuring.layers(2) | {"use_autocast": False}

@@ -1,11 +1,8 @@
 """The names that the published scripts import, used as they use them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +31,7 @@ ARGUMENTS = {
 CLASSES = {"llama": Llama, "megalodon": MegalodonLM}
 
 
-def made(model_name: str, **options: Any) -> Any:
+def made(model_name, **options):
     vocabulary = {"llama": "num_tokens", "megalodon": "vocab_size"}[model_name]
     return CLASSES[model_name](**{vocabulary: 256, **TINY[model_name], **options})
 
@@ -42,9 +39,7 @@ def made(model_name: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "parameters"), [("megalodon_multichunk_512", 11_376_000), ("llama_512", 12_489_600)]
 )
-def test_the_published_files_arguments_make_the_models_of_the_comparison(
-    name: str, parameters: int
-) -> None:
+def test_the_published_files_arguments_make_the_models_of_the_comparison(name, parameters):
     text = (Path(__file__).parent / "published" / f"{name}.yaml").read_text()
     values = {**yaml.safe_load(text), "vocab_size": 256}
     model_name = values.get("model", "llama")
@@ -53,7 +48,7 @@ def test_the_published_files_arguments_make_the_models_of_the_comparison(
     assert count_parameters(model) == parameters
 
 
-def test_loss_and_logits_are_ours(model_name: str) -> None:
+def test_loss_and_logits_are_ours(model_name):
     torch.manual_seed(7)
     model = made(model_name)
     theirs = {"llama": {"llama_init": "pytorch"}, "megalodon": {"share_emb": False}}[model_name]
@@ -66,7 +61,7 @@ def test_loss_and_logits_are_ours(model_name: str) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_weights_come_from_the_generator_as_it_stands(model_name: str) -> None:
+def test_weights_come_from_the_generator_as_it_stands(model_name):
     first, second = made(model_name), made(model_name)
     assert any(
         not torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True)
@@ -76,7 +71,7 @@ def test_weights_come_from_the_generator_as_it_stands(model_name: str) -> None:
     assert torch.equal(first(x), second(x))
 
 
-def test_generate_returns_the_continuation_alone(model_name: str) -> None:
+def test_generate_returns_the_continuation_alone(model_name):
     model = made(model_name).train()
     prompt = torch.randint(256, (2, 11))
     torch.manual_seed(1)
@@ -90,13 +85,13 @@ def test_generate_returns_the_continuation_alone(model_name: str) -> None:
     assert torch.equal(model.generate(prompt, 6, temperature=1.0, min_p=1.0), likeliest)
 
 
-def test_gradient_checkpointing_is_the_constructors() -> None:
+def test_gradient_checkpointing_is_the_constructors():
     for wanted in (False, True):
         layers = made("megalodon", gradient_checkpointing=wanted).model.model.layers
         assert all(layer.gradient_checkpointing is wanted for layer in layers)
 
 
-def test_other_arguments_are_refused(model_name: str) -> None:
+def test_other_arguments_are_refused(model_name):
     for name in ("learning_rate", "filter_thres", "max_seq_len"):
         with pytest.raises(TypeError, match=f"takes no {name}; it takes "):
             made(model_name, **{name: 1})
@@ -104,9 +99,7 @@ def test_other_arguments_are_refused(model_name: str) -> None:
         made(model_name, attention_dropout=2.0)
 
 
-def test_the_summary_counts_the_parameters(
-    model_name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_summary_counts_the_parameters(model_name, capsys):
     model = made(model_name)
     model_summary(model, max_depth=1)
     assert capsys.readouterr().out.split() == [
@@ -120,12 +113,12 @@ def test_the_summary_counts_the_parameters(
     assert "(256, 16)" in shown
 
 
-def test_the_device_is_that_of_training() -> None:
+def test_the_device_is_that_of_training():
     assert get_optimal_device() == (torch.device("cpu"), "cpu", torch.bfloat16)
 
 
-def test_the_package_itself_is_imported_without_torch() -> None:
+def test_the_package_itself_is_imported_without_torch():
     code = "import sys, megalodon_enwik8; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(ImportError, match="cannot import name 'Lama'"):
-        from megalodon_enwik8 import Lama  # type: ignore[attr-defined] # noqa: F401
+        from megalodon_enwik8 import Lama  # noqa: F401

@@ -1,9 +1,6 @@
 """The recall probe asks what it says, of both models alike, and loses nothing."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from megalodon_enwik8.safety import UserError
 
 
 @pytest.mark.parametrize("gap", GAPS)
-def test_each_key_comes_back_with_its_value(gap: int) -> None:
+def test_each_key_comes_back_with_its_value(gap):
     batch = draw(3, gap, seed=1)
     assert batch.shape == (3, 4 * PAIRS + gap)
     for row in batch.tolist():
@@ -30,7 +27,7 @@ def test_each_key_comes_back_with_its_value(gap: int) -> None:
 
 
 @pytest.mark.parametrize(("gap", "borders"), GAPS.items())
-def test_gaps_cross_as_many_borders_as_they_say(gap: int, borders: int) -> None:
+def test_gaps_cross_as_many_borders_as_they_say(gap, borders):
     """From any key to its return."""
     first = (0, 2 * PAIRS - 2)
     again = (2 * PAIRS + gap, 4 * PAIRS + gap - 1)
@@ -38,12 +35,12 @@ def test_gaps_cross_as_many_borders_as_they_say(gap: int, borders: int) -> None:
     assert crossed == {borders}
 
 
-def test_sequences_are_a_function_of_the_seed() -> None:
+def test_sequences_are_a_function_of_the_seed():
     assert torch.equal(draw(4, 16, seed=1), draw(4, 16, seed=1))
     assert not torch.equal(draw(4, 16, seed=1), draw(4, 16, seed=2))
 
 
-def test_both_models_have_as_many_parameters() -> None:
+def test_both_models_have_as_many_parameters():
     ours, theirs = (
         count_parameters(build_model(recall.config_of(model, 1e-3, 7, 10)))
         for model in ("megalodon", "llama")
@@ -51,15 +48,13 @@ def test_both_models_have_as_many_parameters() -> None:
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
-def test_longer_gaps_come_in_one_after_the_other() -> None:
+def test_longer_gaps_come_in_one_after_the_other():
     gaps = [recall.gap_of(step, 1000) for step in range(1000)]
     assert [gaps.index(gap) for gap in GAPS] == [0, 121, 242, 363, 484]
     assert set(gaps[600:]) == set(GAPS)
 
 
-def test_a_key_is_for_the_models_that_have_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_is_for_the_models_that_have_it(tmp_path, monkeypatch):
     out = tmp_path / "recall.jsonl"
     monkeypatch.setattr(recall, "RATES", (1e-3,))
     monkeypatch.setattr(recall, "TEST_SEQUENCES", 4)
@@ -73,14 +68,12 @@ def test_a_key_is_for_the_models_that_have_it(
 
 
 @pytest.mark.parametrize("key", ["use_autocast=true", "compile=true", "chunk_size=16", "seed=1"])
-def test_a_key_that_says_nothing_to_the_probe_is_refused(key: str, tmp_path: Path) -> None:
+def test_a_key_that_says_nothing_to_the_probe_is_refused(key, tmp_path):
     with pytest.raises(UserError, match=f"{key.partition('=')[0]}: is not for the probe; leave"):
         recall.main([str(tmp_path / "recall.jsonl"), key])
 
 
-def test_a_probe_goes_on_and_is_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_probe_goes_on_and_is_drawn(tmp_path, monkeypatch, capsys):
     out = tmp_path / "recall.jsonl"
     monkeypatch.setattr(recall, "RATES", (1e-3,))
     monkeypatch.setattr(recall, "TEST_SEQUENCES", 4)

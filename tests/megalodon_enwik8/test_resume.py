@@ -1,7 +1,5 @@
 """A run cut off at any moment and resumed ends as the uninterrupted one, bit for bit."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json
@@ -15,7 +13,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ import torch
 
 from megalodon_enwik8 import run_folder, training
 from megalodon_enwik8.checkpoint import load_checkpoint
-from megalodon_enwik8.config import ExperimentConfig, load_config
+from megalodon_enwik8.config import load_config
 from megalodon_enwik8.data import Corpus
 from megalodon_enwik8.distributed import World
 from megalodon_enwik8.models import build_model
@@ -35,7 +32,7 @@ from .endings import Crash, assert_same_ending, checkpoints_of, ending
 
 
 @pytest.fixture(autouse=True)
-def signals_are_not_ignored(monkeypatch: pytest.MonkeyPatch) -> Any:
+def signals_are_not_ignored(monkeypatch):
     """As a shell starts a program; behind `&` in a script SIGINT would be ignored, and behind
     nohup SIGHUP."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,8 +43,8 @@ def signals_are_not_ignored(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_crash_in_any_step_changes_nothing_of_the_ending(
-    make_tiny: Any, model_name: str, crash_in_step: Any, tmp_path: Path
-) -> None:
+    make_tiny, model_name, crash_in_step, tmp_path
+):
     options = {
         "num_batches": 5,
         "generate_every": 2,
@@ -72,17 +69,14 @@ def test_a_crash_in_any_step_changes_nothing_of_the_ending(
     ("kills", "steps"), [(1, 12), pytest.param(50, 40, marks=pytest.mark.slow, id="50_random")]
 )
 def test_kill_9_at_any_moment_changes_nothing_of_the_ending(
-    make_tiny: Any, processes: Any, tmp_path: Path, kills: int, steps: int
-) -> None:
-    def config(name: str) -> ExperimentConfig:
+    make_tiny, processes, tmp_path, kills, steps
+):
+    def config(name):
         options = {"num_batches": steps, "save_every": 3, "keep_last": 2}
         options |= {"generate_every": steps // 2}
-        result: ExperimentConfig = make_tiny(
-            "megalodon", **options, dropout=0.2, run_dir=str(tmp_path / name)
-        )
-        return result
+        return make_tiny("megalodon", **options, dropout=0.2, run_dir=str(tmp_path / name))
 
-    def start(*args: Any, **kwargs: Any) -> Any:
+    def start(*args, **kwargs):
         process = processes.Process(target=train, args=args, kwargs=kwargs)
         process.start()
         return process
@@ -111,7 +105,7 @@ def test_kill_9_at_any_moment_changes_nothing_of_the_ending(
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 # Where a signal comes: in which call of what, whether that is left at once, and the steps saved.
-MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
+MOMENTS = {
     "the first step": (RunFolder, "log", 0, False, 1),
     "a step": (RunFolder, "log", 2, False, 3),
     "the last step": (RunFolder, "log", 5, False, 6),
@@ -130,14 +124,8 @@ MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
     ids=MOMENTS,
 )
 def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
-    make_tiny: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    moment: str,
-    number: signal.Signals,
-    code: int,
-) -> None:
+    make_tiny, monkeypatch, capsys, tmp_path, moment, number, code
+):
     options = {"generate_every": 2, "keep_best": True, "full_validation": True}
     whole = make_tiny("llama", **options)
     assert train(whole) == 0
@@ -146,7 +134,7 @@ def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
     owner, name, call, at_once, step = MOMENTS[moment]
     work, calls = getattr(owner, name), itertools.count()
 
-    def signalled(*arguments: Any, **keywords: Any) -> Any:
+    def signalled(*arguments, **keywords):
         meets_it = next(calls) == call
         if meets_it:
             signal.raise_signal(number)
@@ -154,7 +142,7 @@ def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
         assert not (meets_it and at_once), "what the signal met came to its end"
         return result
 
-    def nobody_reads(*arguments: Any) -> int:
+    def nobody_reads(*arguments):
         raise BrokenPipeError
 
     with monkeypatch.context() as patch:
@@ -170,14 +158,12 @@ def test_a_signal_saves_says_how_to_resume_and_loses_nothing(
     assert_same_ending(config, whole)
 
 
-def train_in_the_foreground(config: ExperimentConfig) -> None:
+def train_in_the_foreground(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     train(config)
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(
-    make_tiny: Any, processes: Any
-) -> None:
+def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(make_tiny, processes):
     config = make_tiny("llama", num_batches=100_000, batch_size=200, seq_len=200, save_every=1)
     process = processes.Process(target=train_in_the_foreground, args=(config,))
     process.start()
@@ -195,12 +181,10 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(
         load_checkpoint(path)
 
 
-def test_what_compile_auto_chooses_does_not_hang_on_where_a_run_resumes(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_compile_auto_chooses_does_not_hang_on_where_a_run_resumes(make_tiny, monkeypatch):
     asked = []
 
-    def choose(model: Any, config: ExperimentConfig) -> str:
+    def choose(model, config):
         asked.append(config.num_batches)
         return "off (a test)"
 
@@ -211,7 +195,7 @@ def test_what_compile_auto_chooses_does_not_hang_on_where_a_run_resumes(
     assert asked == [6, 6]
 
 
-def test_a_closed_terminal_saves(make_tiny: Any, tmp_path: Path) -> None:
+def test_a_closed_terminal_saves(make_tiny, tmp_path):
     long_steps = {"batch_size": 100, "seq_len": 100, "val_batches": 1}
     config = make_tiny("llama", num_batches=100_000, save_every=100_000, **long_steps)
     path = tmp_path / "config.yaml"
@@ -246,13 +230,11 @@ def test_a_closed_terminal_saves(make_tiny: Any, tmp_path: Path) -> None:
     assert load_checkpoint(checkpoint).step == len(read_metrics(folder.path / "metrics.jsonl"))
 
 
-def test_a_terminal_that_closes_before_a_line_ends_nothing(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_that_closes_before_a_line_ends_nothing(make_tiny, monkeypatch):
     terminal, end = os.openpty()
     score, open_ends = training.score_windows, [terminal]
 
-    def close(*arguments: Any, **keywords: Any) -> Any:
+    def close(*arguments, **keywords):
         while open_ends:
             os.close(open_ends.pop())
         return score(*arguments, **keywords)
@@ -264,18 +246,14 @@ def test_a_terminal_that_closes_before_a_line_ends_nothing(
         os.dup2(os.open(os.devnull, os.O_WRONLY), end)  # what is unwritten must go somewhere
 
 
-def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(make_tiny, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     monkeypatch.setattr(RunFolder, "log", lambda *_: signal.raise_signal(signal.SIGINT))
     assert train(make_tiny("llama")) == 0
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-def test_a_damaged_newest_checkpoint_is_skipped_with_a_line(
-    make_tiny: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_line(make_tiny, capsys, tmp_path):
     whole, config = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "damaged"))
     assert train(whole) == train(config) == 0
     newest = Path(config.run_dir) / "checkpoint_00000006.pt"
@@ -285,7 +263,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_line(
     assert_same_ending(config, whole)
 
 
-def test_a_run_whose_checkpoints_are_damaged_or_gone_is_no_new_run(make_tiny: Any) -> None:
+def test_a_run_whose_checkpoints_are_damaged_or_gone_is_no_new_run(make_tiny):
     config = make_tiny("llama", keep_last=1)
     assert train(config) == 0
     (checkpoint,) = checkpoints_of(config)
@@ -296,9 +274,7 @@ def test_a_run_whose_checkpoints_are_damaged_or_gone_is_no_new_run(make_tiny: An
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "weight_decay": 0.1}], ids=str)
-def test_a_finished_run_goes_on_when_num_batches_grows(
-    make_tiny: Any, tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_a_finished_run_goes_on_when_num_batches_grows(make_tiny, tmp_path, options):
     short = make_tiny("megalodon", num_batches=4, **options)
     assert train(short) == 0
     longer = make_tiny("megalodon", **options)
@@ -308,7 +284,7 @@ def test_a_finished_run_goes_on_when_num_batches_grows(
     assert_same_ending(longer, whole)
 
 
-def test_resuming_may_split_the_batch_another_way(make_tiny: Any, tmp_path: Path) -> None:
+def test_resuming_may_split_the_batch_another_way(make_tiny, tmp_path):
     whole = make_tiny("llama")
     assert train(whole) == 0
     half = make_tiny("llama", run_dir=str(tmp_path / "half"), num_batches=4)
@@ -330,9 +306,7 @@ def test_resuming_may_split_the_batch_another_way(make_tiny: Any, tmp_path: Path
         b'{"step": 0}\n\x00\x00\xff\n{"step": Infinity}\n' + b"[" * 10**5 + b"\n",
     ],
 )
-def test_lost_metrics_are_said_and_do_not_stop_the_run(
-    make_tiny: Any, capsys: pytest.CaptureFixture[str], damaged: bytes
-) -> None:
+def test_lost_metrics_are_said_and_do_not_stop_the_run(make_tiny, capsys, damaged):
     config = make_tiny("llama")
     assert train(config) == 0
     metrics = Path(config.run_dir) / "metrics.jsonl"
@@ -342,9 +316,7 @@ def test_lost_metrics_are_said_and_do_not_stop_the_run(
     assert [row["step"] for row in read_metrics(metrics)] == [0, 6]
 
 
-def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(make_tiny, tmp_path):
     first = make_tiny("llama")
     assert train(first) == 0
     branch = make_tiny("llama", run_dir=str(tmp_path / "branch"))
@@ -354,7 +326,7 @@ def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(
     assert [session["from_step"] for session in environment["sessions"]] == [0, 4]
 
 
-def test_resuming_with_another_config_names_the_keys(make_tiny: Any) -> None:
+def test_resuming_with_another_config_names_the_keys(make_tiny):
     assert train(make_tiny("llama")) == 0
     for config, line in (
         (make_tiny("megalodon"), r"another config: model=megalodon \(was llama\)"),
@@ -367,14 +339,14 @@ def test_resuming_with_another_config_names_the_keys(make_tiny: Any) -> None:
             train(config, resume=NEWEST)
 
 
-def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny: Any) -> None:
+def test_the_end_of_a_falling_learning_rate_is_not_moved(make_tiny):
     assert train(make_tiny("llama", schedule="cosine")) == 0
     longer = make_tiny("llama", schedule="cosine", num_batches=8)
     with pytest.raises(UserError, match=r"another config: num_batches=8 \(was 6\); set it back"):
         train(longer, resume=NEWEST)
 
 
-def test_resuming_another_text_or_bare_weights_is_refused(make_tiny: Any, tmp_path: Path) -> None:
+def test_resuming_another_text_or_bare_weights_is_refused(make_tiny, tmp_path):
     config = make_tiny("llama")
     assert train(config) == 0
     folder = Path(config.run_dir)
@@ -386,14 +358,12 @@ def test_resuming_another_text_or_bare_weights_is_refused(make_tiny: Any, tmp_pa
         train(make_tiny("llama", data_path=str(other)), resume=NEWEST)
 
 
-def test_a_full_disk_during_a_save_leaves_checkpoints_that_resume(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_full_disk_during_a_save_leaves_checkpoints_that_resume(make_tiny, monkeypatch, tmp_path):
     whole, config = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "full"))
     assert train(whole) == 0
     save = run_folder.save_checkpoint
 
-    def full(path: Path, checkpoint: Any) -> None:
+    def full(path, checkpoint):
         if checkpoint.step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(path, checkpoint)
@@ -436,8 +406,8 @@ for name in ("final.pt", "metrics.jsonl"):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="mounts a disk of its own with unshare")
 def test_a_run_whose_disk_fills_up_keeps_its_checkpoints_and_goes_on_when_there_is_room(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+    make_tiny, tmp_path
+):
     whole = make_tiny("llama", num_batches=20, save_every=1, run_dir=str(tmp_path / "whole"))
     assert train(whole) == 0
     largest = max(path.stat().st_size for path in Path(whole.run_dir).glob("*.pt"))
@@ -463,9 +433,7 @@ def test_a_run_whose_disk_fills_up_keeps_its_checkpoints_and_goes_on_when_there_
 
 
 @pytest.mark.slow
-def test_saving_every_100_steps_costs_less_than_one_percent_of_the_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_saving_every_100_steps_costs_less_than_one_percent_of_the_training(tmp_path, capsys):
     """On the model and the step of the comparison, fsync included."""
     path = Path(__file__).parents[2] / "configs" / "megalodon_multichunk_512.yaml"
     config = load_config(

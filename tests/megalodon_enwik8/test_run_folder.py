@@ -1,14 +1,10 @@
 """A run's folder: held by one process, never replaced by accident."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
@@ -16,7 +12,7 @@ from megalodon_enwik8.training import train
 from .endings import Crash, assert_same_ending, ending
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> None:
+def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny):
     config = make_tiny("llama")
     assert train(config) == 0
     before = ending(config)[0]
@@ -25,17 +21,15 @@ def test_a_folder_that_holds_a_run_is_refused_unless_told(make_tiny: Any) -> Non
     assert ending(config)[0] == before
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def asides(folder: Path) -> list[Path]:
+def asides(folder):
     return sorted(folder.parent.glob(f"{folder.name}.old-*"))
 
 
-def test_a_run_that_is_started_over_is_renamed_and_whole(
-    make_tiny: Any, crash_in_step: Any, tmp_path: Path
-) -> None:
+def test_a_run_that_is_started_over_is_renamed_and_whole(make_tiny, crash_in_step, tmp_path):
     config = make_tiny("llama", keep_best=True)
     folder = Path(config.run_dir)
     assert train(config) == 0
@@ -54,7 +48,7 @@ def test_a_run_that_is_started_over_is_renamed_and_whole(
     assert_same_ending(shorter, whole)
 
 
-def test_nothing_is_renamed_before_the_new_run_is_known_to_start(make_tiny: Any) -> None:
+def test_nothing_is_renamed_before_the_new_run_is_known_to_start(make_tiny):
     config = make_tiny("llama")
     assert train(config) == 0
     with pytest.raises(UserError, match="seq_len=1000000"):
@@ -63,8 +57,8 @@ def test_nothing_is_renamed_before_the_new_run_is_known_to_start(make_tiny: Any)
 
 
 def test_going_back_to_an_older_checkpoint_keeps_the_run_and_ends_the_same(
-    make_tiny: Any, tmp_path: Path, crash_in_step: Any
-) -> None:
+    make_tiny, tmp_path, crash_in_step
+):
     config = make_tiny("llama")
     folder = RunFolder(config.run_dir)
     assert train(config) == 0
@@ -80,7 +74,7 @@ def test_going_back_to_an_older_checkpoint_keeps_the_run_and_ends_the_same(
     assert_same_ending(config, whole)
 
 
-def test_a_folder_behind_a_link_is_renamed_on_its_own_disk(make_tiny: Any, tmp_path: Path) -> None:
+def test_a_folder_behind_a_link_is_renamed_on_its_own_disk(make_tiny, tmp_path):
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
     config = make_tiny("llama", run_dir=str(tmp_path / "link"))
@@ -90,9 +84,7 @@ def test_a_folder_behind_a_link_is_renamed_on_its_own_disk(make_tiny: Any, tmp_p
     assert len(list((tmp_path / "disk").iterdir())) == 2
 
 
-def test_best_weights_are_kept_in_a_folder_that_goes_on_from_another(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+def test_best_weights_are_kept_in_a_folder_that_goes_on_from_another(make_tiny, tmp_path):
     config = make_tiny("llama", keep_best=True)
     assert train(config) == 0
     here = make_tiny("llama", keep_best=True, run_dir=str(tmp_path / "here"))
@@ -101,8 +93,8 @@ def test_best_weights_are_kept_in_a_folder_that_goes_on_from_another(
 
 
 def test_a_checkpoint_of_another_folder_leaves_the_run_that_is_here_under_another_name(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+    make_tiny, tmp_path
+):
     here, other = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "other"))
     assert train(here) == train(other) == 0
     before = files_of(Path(here.run_dir))
@@ -111,16 +103,14 @@ def test_a_checkpoint_of_another_folder_leaves_the_run_that_is_here_under_anothe
     assert_same_ending(here, other)
 
 
-def resume_and_report(config: ExperimentConfig, outcomes: Any) -> None:
+def resume_and_report(config, outcomes):
     try:
         outcomes.put(train(config, resume=NEWEST))
     except UserError as error:
         outcomes.put(str(error))
 
 
-def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(
-    make_tiny: Any, processes: Any, tmp_path: Path
-) -> None:
+def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(make_tiny, processes, tmp_path):
     options = {"num_batches": 40, "validate_every": 0, "save_every": 10}
     whole = make_tiny("llama", **options)
     assert train(whole) == 0
@@ -141,15 +131,15 @@ def test_of_two_resumes_at_once_one_goes_on_and_one_is_told(
     assert_same_ending(config, whole)
 
 
-def hold(path: str, events: Any) -> None:
+def hold(path, events):
     with RunFolder(path).held(may_hold_a_run=False):
         events.put("held")
         time.sleep(600)
 
 
 def test_a_second_process_is_told_that_the_folder_is_in_use_until_its_holder_dies(
-    make_tiny: Any, processes: Any
-) -> None:
+    make_tiny, processes
+):
     config, events = make_tiny("llama"), processes.Queue()
     holder = processes.Process(target=hold, args=(config.run_dir, events))
     holder.start()
@@ -161,22 +151,20 @@ def test_a_second_process_is_told_that_the_folder_is_in_use_until_its_holder_die
     assert train(config) == 0
 
 
-def test_a_folder_that_cannot_be_made_is_named(make_tiny: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(make_tiny, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(OSError, match=str(path)):
             train(make_tiny("llama", run_dir=str(path)))
 
 
-def test_a_link_to_nothing_is_named(make_tiny: Any, tmp_path: Path) -> None:
+def test_a_link_to_nothing_is_named(make_tiny, tmp_path):
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OSError, match="broken"):
         train(make_tiny("llama", run_dir=str(tmp_path / "broken")))
 
 
-def test_a_link_in_place_of_the_lock_leaves_its_target_alone(
-    make_tiny: Any, tmp_path: Path
-) -> None:
+def test_a_link_in_place_of_the_lock_leaves_its_target_alone(make_tiny, tmp_path):
     config = make_tiny("llama")
     Path(config.run_dir).mkdir()
     (tmp_path / "precious").write_text("precious")
@@ -186,15 +174,13 @@ def test_a_link_in_place_of_the_lock_leaves_its_target_alone(
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_metrics_leave_out_a_damaged_line_and_a_cut_last_one(tmp_path: Path) -> None:
+def test_metrics_leave_out_a_damaged_line_and_a_cut_last_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n{"step": 3')
     assert read_metrics(path) == [{"step": 0}, {"step": 2}]
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_a_run_without_a_checkpoint_says_that_it_starts_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_a_checkpoint_says_that_it_starts_anew(tmp_path, capsys):
     assert RunFolder(tmp_path).find_checkpoint(NEWEST) is None
     assert "has no checkpoint yet: starting from step 0" in capsys.readouterr().out

@@ -1,7 +1,5 @@
 """Whole files or none, one holder of a lock, and one-line errors."""
 
-from __future__ import annotations
-
 import errno
 import os
 import resource
@@ -9,9 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,19 +20,19 @@ from megalodon_enwik8.safety import (
 )
 
 
-def python(code: str, **kwargs: object) -> subprocess.Popen[str]:
+def python(code, **kwargs):
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **kwargs,  # type: ignore[call-overload]
+        **kwargs,
     )
 
 
 @contextmanager
-def small_disk() -> Iterator[None]:
+def small_disk():
     """No file may grow past 10,000 bytes: writing more fails as a full disk does.
 
     Not a fixture: that would also bind what pytest writes between the phases of a test.
@@ -49,7 +45,7 @@ def small_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_block_that_ends_well_replaces_the_file(tmp_path: Path) -> None:
+def test_block_that_ends_well_replaces_the_file(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"old")
     with atomic_write(path) as file:
@@ -60,9 +56,7 @@ def test_block_that_ends_well_replaces_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, UserError])
-def test_any_exception_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_any_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "x.pt"
     path.write_bytes(b"old")
     with pytest.raises(error), atomic_write(path) as file:
@@ -73,7 +67,7 @@ def test_any_exception_leaves_the_old_file_and_nothing_else(
 
 
 @pytest.mark.parametrize("size", [10_001, 5_000_000])  # within the buffer, and beyond it
-def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, size: int) -> None:
+def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, size):
     path = tmp_path / "x.pt"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match=r"x\.pt") as caught, small_disk(), atomic_write(path) as file:
@@ -83,21 +77,21 @@ def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, size: int
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
-def test_full_disk_under_torch_save_is_the_same_line(tmp_path: Path) -> None:
+def test_full_disk_under_torch_save_is_the_same_line(tmp_path):
     path = tmp_path / "x.pt"
     with pytest.raises(OSError, match=r"x\.pt"), small_disk(), atomic_write(path) as file:
         torch.save({"weight": torch.zeros(1_000_000)}, file)
     assert os.listdir(tmp_path) == []
 
 
-def test_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
+def test_new_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "usual").write_bytes(b"")
     with atomic_write(tmp_path / "atomic"):
         pass
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+def test_link_stays_and_its_target_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     link, target = tmp_path / "x.gz", tmp_path / "real" / "y.gz"
     link.symlink_to(target)
@@ -108,14 +102,14 @@ def test_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent/x.pt", "folder"])
-def test_an_impossible_place_is_named(tmp_path: Path, name: str) -> None:
+def test_an_impossible_place_is_named(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match=name), atomic_write(tmp_path / name):
         pass
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+def test_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"old")
     writer = python(
@@ -144,10 +138,8 @@ def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
         (PermissionError(errno.EACCES, "no", "x.pt"), 2, "error: x.pt: Permission denied: mend"),
     ],
 )
-def test_script_ends_in_one_line_and_the_usual_code(
-    capsys: pytest.CaptureFixture[str], outcome: object, code: int, message: str
-) -> None:
-    def main() -> int | None:
+def test_script_ends_in_one_line_and_the_usual_code(capsys, outcome, code, message):
+    def main():
         if isinstance(outcome, BaseException):
             raise outcome
         assert outcome is None or isinstance(outcome, int)
@@ -162,15 +154,15 @@ def test_script_ends_in_one_line_and_the_usual_code(
 
 
 @pytest.mark.parametrize("defect", [OSError("no number"), RuntimeError("x"), LookupError("x")])
-def test_a_defect_of_the_program_keeps_its_traceback(defect: Exception) -> None:
-    def main() -> None:
+def test_a_defect_of_the_program_keeps_its_traceback(defect):
+    def main():
         raise defect
 
     with pytest.raises(type(defect)):
         run_main(main)
 
 
-def test_closed_pipe_ends_quietly() -> None:
+def test_closed_pipe_ends_quietly():
     script = python(
         """
         from megalodon_enwik8.safety import run_main
@@ -191,7 +183,7 @@ def test_closed_pipe_ends_quietly() -> None:
     script.stderr.close()
 
 
-def test_the_first_signal_is_a_flag_and_the_old_handler_comes_back() -> None:
+def test_the_first_signal_is_a_flag_and_the_old_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop()

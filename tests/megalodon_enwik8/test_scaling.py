@@ -1,11 +1,6 @@
 """The cost model says what processes send, to the byte, and what the released sizes hold."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +14,9 @@ from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.distributed import World
 from megalodon_enwik8.models import byte_losses
 from megalodon_enwik8.report.tables import RELEASED
-from megalodon_enwik8.scaling import Costs, Device, Sent
+from megalodon_enwik8.scaling import Costs, Device
 
 from ..megalodon.models import tiny_config
-
-Counts = list[tuple[str, int]]
 
 # Two processes fill up the rows of what has 41.
 ODD = tiny_config(ffn_hidden_dim=41, tie_word_embeddings=False)
@@ -33,13 +26,11 @@ class Counter(TorchDispatchMode):
     """Notes of each collective its name and the bytes that all processes hold together: the larger
     of what goes in and what comes out."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.found: Counts = []
+        self.found = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             sizes = [
                 sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor))
@@ -50,7 +41,7 @@ class Counter(TorchDispatchMode):
 
 
 @contextmanager
-def joined(rank: int, file: Path, chunk_parallel: int) -> Iterator[World]:
+def joined(rank, file, chunk_parallel):
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
     try:
         yield World(torch.device("cpu"), rank, 2, chunk_parallel)
@@ -58,7 +49,7 @@ def joined(rank: int, file: Path, chunk_parallel: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def count_along_time(rank: int, file: Path, queue: Any) -> None:
+def count_along_time(rank, file, queue):
     """What the first process of two hands to collectives, for one step at each length."""
     with joined(rank, file, 2) as world:
         model = MegalodonForCausalLM(tiny_config())
@@ -70,7 +61,7 @@ def count_along_time(rank: int, file: Path, queue: Any) -> None:
                 queue.put(counter.found)
 
 
-def count_gradients(rank: int, file: Path, queue: Any) -> None:
+def count_gradients(rank, file, queue):
     """The same of DDP and FSDP2, for one step of two micro-batches."""
     with joined(rank, file, 1) as world:
         for shard in (False, True):
@@ -84,7 +75,7 @@ def count_gradients(rank: int, file: Path, queue: Any) -> None:
                 queue.put(counter.found)
 
 
-def counted(processes: Any, target: Any, file: Path, times: int) -> list[Counts]:
+def counted(processes, target, file, times):
     queue = processes.Queue()
     both = [processes.Process(target=target, args=(rank, file, queue)) for rank in range(2)]
     for process in both:
@@ -95,14 +86,12 @@ def counted(processes: Any, target: Any, file: Path, times: int) -> list[Counts]
     return found
 
 
-def sent(counts: Counts) -> float:
+def sent(counts):
     """By each of two processes, round a ring."""
     return sum(size * (1.0 if "allreduce" in name else 0.5) for name, size in counts)
 
 
-def test_bytes_along_time_are_those_of_the_formula_at_any_length(
-    processes: Any, tmp_path: Path
-) -> None:
+def test_bytes_along_time_are_those_of_the_formula_at_any_length(processes, tmp_path):
     config, costs = tiny_config(), Costs(tiny_config())
     short, long, three = counted(processes, count_along_time, tmp_path / "store", 3)
     assert short == long
@@ -117,9 +106,7 @@ def test_bytes_along_time_are_those_of_the_formula_at_any_length(
             assert 2 * sent(forward[index : index + 2]) == layer
 
 
-def test_bytes_of_gradients_and_weights_are_those_of_the_formula(
-    processes: Any, tmp_path: Path
-) -> None:
+def test_bytes_of_gradients_and_weights_are_those_of_the_formula(processes, tmp_path):
     costs = Costs(ODD)
     ddp, fsdp = counted(processes, count_gradients, tmp_path / "store", 2)
     assert sent(ddp) == costs.data_parallel(2).step
@@ -129,12 +116,12 @@ def test_bytes_of_gradients_and_weights_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_parameters_are_those_documented(name: str) -> None:
+def test_parameters_are_those_documented(name):
     make = getattr(MegalodonConfig, name)
     assert f" {Costs(make()).parameters:,} parameters" in make.__doc__
 
 
-def test_arithmetic_is_what_a_step_computes() -> None:
+def test_arithmetic_is_what_a_step_computes():
     """As PyTorch counts it, which sees nothing of CEMA and both halves of attention, and does not
     count the few weights outside matrices."""
     config, tokens = tiny_config(chunk_size=64), 512
@@ -150,10 +137,10 @@ def test_arithmetic_is_what_a_step_computes() -> None:
     assert costs.flops(tokens) == counted + 3 * tokens * (cema - unseen + rest)
 
 
-def test_sending_pays_from_the_fewest_tokens_and_up_to_the_most_processes() -> None:
+def test_sending_pays_from_the_fewest_tokens_and_up_to_the_most_processes():
     costs, device = Costs(MegalodonConfig.mega200m()), Device(4e14, 5e10, 0.25)
 
-    def share(sent: Sent, tokens: int) -> float:
+    def share(sent, tokens):
         return sent.step / device.link / (costs.flops(tokens) / device.flops)
 
     for sent in (costs.data_parallel(8), costs.sharded(64), costs.along_time(64)):
@@ -164,6 +151,6 @@ def test_sending_pays_from_the_fewest_tokens_and_up_to_the_most_processes() -> N
     assert share(costs.along_time(2 * most), 2**20 // (2 * most)) > device.share
 
 
-def test_a_part_is_never_shorter_than_a_chunk() -> None:
+def test_a_part_is_never_shorter_than_a_chunk():
     costs, device = Costs(tiny_config(chunk_size=8)), Device(1.0, 1e9, 0.25)
     assert [costs.most_along_time(tokens, device) for tokens in (8, 12, 64, 96)] == [1, 1, 8, 4]

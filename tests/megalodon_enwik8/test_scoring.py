@@ -1,9 +1,6 @@
 """Every byte of a text is predicted once, from the bytes that it should be, and no other."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +12,19 @@ from megalodon_enwik8.evaluation import RANGE_ENDS, Score, score_streams, score_
 from megalodon_enwik8.models import build_model
 
 
-def make_text(length: int) -> np.ndarray:
+def make_text(length):
     return np.random.default_rng(7).integers(256, size=length, dtype=np.uint8)
 
 
 @torch.no_grad()
-def loss_of_last(model: Any, text: np.ndarray) -> float:
+def loss_of_last(model, text):
     """Of the last byte of `text`, given all before it."""
     ids = torch.from_numpy(text.astype(np.int64))
     logits = model(ids[None, :-1]).logits[0, -1]
     return F.cross_entropy(logits, ids[-1]).item()
 
 
-def literal_score(model: Any, text: np.ndarray, starts: list[int]) -> Score:
+def literal_score(model, text, starts):
     """starts[i]: where the reading begins that predicts byte i + 1."""
     score = Score()
     for i, start in enumerate(starts):
@@ -38,19 +35,19 @@ def literal_score(model: Any, text: np.ndarray, starts: list[int]) -> Score:
     return score
 
 
-def assert_same(one: Score, other: Score) -> None:
+def assert_same(one, other):
     np.testing.assert_array_equal(one.predicted, other.predicted)
     np.testing.assert_allclose(one.total, other.total, rtol=1e-4)
     assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
 @pytest.fixture
-def model(make_tiny: Any, model_name: str) -> Any:
+def model(make_tiny, model_name):
     return build_model(make_tiny(model_name)).eval()
 
 
 @pytest.fixture
-def megalodon(make_tiny: Any) -> Any:
+def megalodon(make_tiny):
     return build_model(make_tiny("megalodon")).eval()
 
 
@@ -59,8 +56,8 @@ def megalodon(make_tiny: Any) -> Any:
     [(200, 50, 50), (120, 40, 13), (75, 24, 1), (60, 24, 23), (49, 24, 24), (10, 24, 5), (2, 1, 1)],
 )
 def test_windows_predict_each_byte_once_from_at_least_context_minus_stride(
-    model: Any, length: int, context: int, stride: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model, length, context, stride, monkeypatch
+):
     text = make_text(length)
     starts, begin, counted = [], 0, 0
     while counted < length - 1:
@@ -82,8 +79,8 @@ def test_windows_predict_each_byte_once_from_at_least_context_minus_stride(
     [(100, 1, 7), (100, 3, 8), (90, 7, 1), (101, 4, 1000), (41, 40, 3), (2, 1, 1)],
 )
 def test_streams_predict_each_byte_once_from_the_whole_of_their_own_text(
-    megalodon: Any, length: int, streams: int, piece: int
-) -> None:
+    megalodon, length, streams, piece
+):
     text = make_text(length)
     sizes = [len(part) for part in np.array_split(np.arange(length - 1), streams)]
     starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes).tolist()
@@ -93,16 +90,16 @@ def test_streams_predict_each_byte_once_from_the_whole_of_their_own_text(
     assert score.state_bytes == 2 * (8 + 2 * 4 * 8 + 16 * 2 * 2 * 4 + 8 * 24 * 4) + 8 + 64
 
 
-def test_only_what_is_read_at_a_time_is_held(megalodon: Any) -> None:
+def test_only_what_is_read_at_a_time_is_held(megalodon):
     class Recording:
         """A text of zeros that holds nothing."""
 
         longest = 0
 
-        def __len__(self) -> int:
+        def __len__(self):
             return 30_001
 
-        def __getitem__(self, where: slice) -> Any:
+        def __getitem__(self, where):
             start, stop, _ = where.indices(len(self))
             self.longest = max(self.longest, stop - start)
             return np.zeros(stop - start, dtype=np.uint8)
@@ -115,7 +112,7 @@ def test_only_what_is_read_at_a_time_is_held(megalodon: Any) -> None:
     assert (score.predicted.sum(), text.longest) == (30_000, 3001)
 
 
-def test_scoring_leaves_the_model_training_and_the_generator_alone(make_tiny: Any) -> None:
+def test_scoring_leaves_the_model_training_and_the_generator_alone(make_tiny):
     model = build_model(make_tiny("megalodon", dropout=0.5)).train()
     before = torch.get_rng_state()
     text = make_text(100)
@@ -128,7 +125,7 @@ def test_scoring_leaves_the_model_training_and_the_generator_alone(make_tiny: An
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_ranges_part_the_distances() -> None:
+def test_ranges_part_the_distances():
     score = Score()
     score.add(torch.ones(2, 5000), 1)
     score.add(torch.zeros(3, 1), 2**40)

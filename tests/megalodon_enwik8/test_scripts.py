@@ -1,20 +1,16 @@
 """train.py and inference.py from their command lines."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import inference
 import train
-from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.training import train as run_training
 
 from .programs import refused, run
@@ -22,13 +18,13 @@ from .programs import refused, run
 ROOT = Path(__file__).parents[2]
 
 
-def write_config(path: Path, config: ExperimentConfig) -> Path:
+def write_config(path, config):
     path.write_text(config.to_yaml())
     return path
 
 
 @pytest.fixture
-def trained(make_tiny: Any, model_name: str) -> Path:
+def trained(make_tiny, model_name):
     """A run folder of either model."""
     config = make_tiny(model_name, num_batches=2)
     assert run_training(config) == 0
@@ -36,9 +32,7 @@ def trained(make_tiny: Any, model_name: str) -> Path:
 
 
 @pytest.mark.filterwarnings("error")
-def test_train_reads_the_file_and_the_overrides_in_any_order(
-    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_train_reads_the_file_and_the_overrides_in_any_order(make_tiny, tmp_path, capfd):
     path = write_config(tmp_path / "x.yaml", make_tiny("megalodon"))
     assert run(train.main, "num_batches=1", "--config", path, "seed=9") == 0
     out, err = capfd.readouterr()
@@ -50,9 +44,7 @@ def test_train_reads_the_file_and_the_overrides_in_any_order(
     assert run(train.main, "--config", path, "--overwrite", "num_batches=1") == 0
 
 
-def test_what_train_refuses_is_one_line(
-    make_tiny: Any, tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_train_refuses_is_one_line(make_tiny, tmp_path, text_file, capfd):
     path = write_config(tmp_path / "x.yaml", make_tiny("llama"))
     cases = {
         (): "--config; see ",
@@ -70,9 +62,7 @@ def test_what_train_refuses_is_one_line(
         assert line in refused(capfd, train.main, *arguments), arguments
 
 
-def test_running_out_of_memory_says_what_to_lower(
-    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_running_out_of_memory_says_what_to_lower(make_tiny, tmp_path, capfd):
     config = make_tiny("llama", num_tokens=2**20, dim=2**20, heads=1)  # an embedding of terabytes
     path = write_config(tmp_path / "x.yaml", config)
     assert "out of memory: lower batch_size and" in refused(capfd, train.main, "--config", path)
@@ -82,9 +72,7 @@ PUBLISHED = sorted((Path(__file__).parent / "published").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_files_train_at_their_width(
-    tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str], path: Path
-) -> None:
+def test_published_files_train_at_their_width(tmp_path, text_file, capfd, path):
     overrides = (
         f"run_dir={tmp_path / 'run'}",
         f"data_path={text_file}",
@@ -102,9 +90,7 @@ def test_published_files_train_at_their_width(
     assert "step 2: validation loss" in capfd.readouterr().out
 
 
-def test_an_open_seed_is_drawn_said_stored_and_kept_on_resume(
-    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_open_seed_is_drawn_said_stored_and_kept_on_resume(make_tiny, tmp_path, capfd):
     path = write_config(tmp_path / "x.yaml", make_tiny("llama"))
     path.write_text(path.read_text().replace("seed: 7", "seed: null"))
     assert run(train.main, "--config", path, "num_batches=2") == 0
@@ -119,13 +105,13 @@ def test_an_open_seed_is_drawn_said_stored_and_kept_on_resume(
     assert f"seed={said[1]}:" not in capfd.readouterr().out
 
 
-def stdin_is(path: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def stdin_is(path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None if path is None else path.open())
 
 
 def test_inference_prints_the_prompt_and_the_text_and_its_speed(
-    trained: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
-) -> None:
+    trained, capfd, tmp_path, monkeypatch
+):
     prompt = "Größe: "
     (tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
     weights = trained / "final.pt"
@@ -152,9 +138,7 @@ def test_inference_prints_the_prompt_and_the_text_and_its_speed(
     assert capfd.readouterr().out != outputs[0]
 
 
-def test_without_a_prompt_inference_takes_its_own(
-    trained: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_without_a_prompt_inference_takes_its_own(trained, capfd, monkeypatch):
     for stdin in (None, Path(os.devnull)):
         stdin_is(stdin, monkeypatch)
         assert run(inference.main, trained / "checkpoint_00000002.pt", "--max-length", "4") == 0
@@ -164,9 +148,7 @@ def test_without_a_prompt_inference_takes_its_own(
     assert fact < 256 < len(inference.DEFAULT_PROMPT) - 1
 
 
-def test_what_inference_refuses_is_one_line(
-    make_tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_what_inference_refuses_is_one_line(make_tiny, tmp_path, capfd, monkeypatch):
     config = make_tiny("llama", num_batches=1)
     assert run_training(config) == 0
     weights = Path(config.run_dir) / "final.pt"
@@ -202,9 +184,7 @@ def test_what_inference_refuses_is_one_line(
         assert line in refused(capfd, inference.main, *arguments), arguments
 
 
-def test_the_scripts_run_as_programs(
-    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scripts_run_as_programs(make_tiny, tmp_path, monkeypatch):
     """One real process each: text reaches a pipe in UTF-8 whatever the locale says."""
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONUTF8", "0")
@@ -216,7 +196,7 @@ def test_the_scripts_run_as_programs(
     done = subprocess.run([sys.executable, "-c", says], cwd=ROOT, capture_output=True)
     assert (done.stdout, done.stderr) == ("–\n".encode(), b"")
 
-    def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    def script(name, *arguments):
         command = [sys.executable, ROOT / name, *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
 

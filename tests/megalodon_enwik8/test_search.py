@@ -1,24 +1,19 @@
 """A search: the same tries for each model, a line a run, and it goes on where it was stopped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megalodon_enwik8 import search, training
 from megalodon_enwik8.safety import UserError
 
-MakePlan = Any
-
 
 @pytest.fixture
-def make_plan(tmp_path: Path, make_tiny: Any) -> MakePlan:
+def make_plan(tmp_path, make_tiny):
     """make_plan(**changes): the path of a plan for both models."""
 
-    def make(**changes: Any) -> str:
+    def make(**changes):
         base = {}
         for model in ("megalodon", "llama"):
             path = tmp_path / f"{model}.yaml"
@@ -41,15 +36,13 @@ def make_plan(tmp_path: Path, make_tiny: Any) -> MakePlan:
     return make
 
 
-def run(path: str, tmp_path: Path) -> list[dict[str, Any]]:
+def run(path, tmp_path):
     out = tmp_path / "out.jsonl"
     assert search.main([path, "--out", str(out), "--folder", str(tmp_path / "runs")]) == 0
     return search.read_results(out)
 
 
-def test_each_model_gets_the_same_tries_and_each_round_starts_from_the_best(
-    make_plan: MakePlan, tmp_path: Path
-) -> None:
+def test_each_model_gets_the_same_tries_and_each_round_starts_from_the_best(make_plan, tmp_path):
     rows = run(make_plan(), tmp_path)
     assert not list((tmp_path / "runs").iterdir())  # what they hold is in the output
     for model, key in (("megalodon", "init_mode"), ("llama", "llama_init")):
@@ -63,9 +56,7 @@ def test_each_model_gets_the_same_tries_and_each_round_starts_from_the_best(
         assert set(mine[0]["curve"]) == {"0", "2"}
 
 
-def test_a_search_that_was_stopped_goes_on(
-    make_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_that_was_stopped_goes_on(make_plan, tmp_path, monkeypatch):
     whole = run(make_plan(), tmp_path)
     lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_text("".join(lines[:3]))
@@ -97,23 +88,21 @@ def test_a_search_that_was_stopped_goes_on(
         ),
     ],
 )
-def test_a_plan_that_is_none_is_refused(
-    make_plan: MakePlan, tmp_path: Path, changes: dict[str, Any], line: str
-) -> None:
+def test_a_plan_that_is_none_is_refused(make_plan, tmp_path, changes, line):
     with pytest.raises(UserError, match=r"\.yaml") as caught:
         run(make_plan(**changes), tmp_path)
     assert line in str(caught.value)
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_committed_plan_is_one_and_its_runs_are_of_it() -> None:
+def test_the_committed_plan_is_one_and_its_runs_are_of_it():
     results = Path(__file__).parents[2] / "results"
     plan = search.read_plan(str(results / "search.yaml"))
     rows = search.read_results(results / "search.jsonl")
     assert all([*row["settings"]] == plan.set_keys(row["model"]) for row in rows)
 
 
-def test_another_file_is_not_written_to(make_plan: MakePlan, tmp_path: Path) -> None:
+def test_another_file_is_not_written_to(make_plan, tmp_path):
     (tmp_path / "out.jsonl").write_text("my notes\n")
     with pytest.raises(UserError, match="is not what this writes; name"):
         run(make_plan(), tmp_path)

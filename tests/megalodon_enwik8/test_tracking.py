@@ -1,13 +1,9 @@
 """The tracker shows what metrics.jsonl says, once, however often the run was resumed."""
 
-from __future__ import annotations
-
 import json
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,41 +14,39 @@ from megalodon_enwik8.training import train
 
 from .endings import Crash
 
-Shown = dict[tuple[str, int], list[Any]]  # by name and step
-
 
 class Double:
     """SummaryWriter's part that is used, over a file of JSON lines."""
 
-    def __init__(self, log_dir: Path, purge_step: int, flush_secs: int) -> None:
+    def __init__(self, log_dir, purge_step, flush_secs):
         log_dir.mkdir(exist_ok=True)
         self.file = (log_dir / "events").open("a")
 
-    def __enter__(self) -> Double:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *args: object) -> None:
+    def __exit__(self, *args):
         self.file.close()
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
+    def add_scalar(self, tag, value, step):
         self.file.write(json.dumps([tag, step, value]) + "\n")
 
     add_text = add_scalar
 
 
-def read_double(folder: Path) -> Shown:
-    shown: Shown = {}
+def read_double(folder):
+    shown = {}
     for line in (folder / "events").read_text().splitlines():
         tag, step, value = json.loads(line)
         shown.setdefault((tag, step), []).append(value)
     return shown
 
 
-def read_real(folder: Path) -> Shown:
+def read_real(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    shown: Shown = {}
+    shown = {}
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
             shown.setdefault((tag, event.step), []).append(event.value)
@@ -64,7 +58,7 @@ def read_real(folder: Path) -> Shown:
 
 
 @pytest.fixture(params=["double", "tensorboard"])
-def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Shown]:
+def read(request, monkeypatch):
     if request.param == "tensorboard":
         pytest.importorskip("tensorboard")
         return read_real
@@ -74,9 +68,7 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     return read_double
 
 
-def test_it_shows_each_number_of_metrics_jsonl_once(
-    make_tiny: Any, crash_in_step: Any, read: Callable[..., Shown]
-) -> None:
+def test_it_shows_each_number_of_metrics_jsonl_once(make_tiny, crash_in_step, read):
     config = make_tiny("llama", tracker="tensorboard", generate_every=3)
     folder = Path(config.run_dir)
     crash_in_step(5)
@@ -100,9 +92,7 @@ def test_it_shows_each_number_of_metrics_jsonl_once(
             assert values == pytest.approx([expected[place]])  # float32 there
 
 
-def test_one_switched_on_when_resuming_shows_the_steps_before(
-    make_tiny: Any, read: Callable[..., Shown]
-) -> None:
+def test_one_switched_on_when_resuming_shows_the_steps_before(make_tiny, read):
     assert train(make_tiny("llama", num_batches=4)) == 0
     config = make_tiny("llama", tracker="tensorboard")
     assert not Path(config.run_dir, "tensorboard").exists()
@@ -111,9 +101,7 @@ def test_one_switched_on_when_resuming_shows_the_steps_before(
     assert [step for name, step in losses if name == "train_loss"] == list(range(6))
 
 
-def test_without_its_package_a_run_ends_before_it_begins(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_its_package_a_run_ends_before_it_begins(make_tiny, monkeypatch):
     monkeypatch.setattr(run_folder, "find_spec", lambda name: None)
     config = make_tiny("llama", tracker="tensorboard")
     with pytest.raises(UserError, match=r'^tracker=tensorboard: .*pip install -e "\.\[track\]"$'):

@@ -1,12 +1,9 @@
 """The step, and what a run leaves behind."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import derive_seed, make_optimizer, train, train_step
 
 
-def steps(config: Any, batches: torch.Tensor) -> dict[str, torch.Tensor]:
+def steps(config, batches):
     """The weights after one step on each of `batches`."""
     model = build_model(config).train()
     optimizer = make_optimizer(model, config)
@@ -28,7 +25,7 @@ def steps(config: Any, batches: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def test_the_split_into_micro_batches_changes_no_weight(make_tiny: Any, model_name: str) -> None:
+def test_the_split_into_micro_batches_changes_no_weight(make_tiny, model_name):
     batches = torch.randint(256, (3, 16, 25), generator=torch.Generator().manual_seed(7))
     results = [
         steps(make_tiny(model_name, batch_size=size, grad_accum_every=16 // size), batches)
@@ -40,7 +37,7 @@ def test_the_split_into_micro_batches_changes_no_weight(make_tiny: Any, model_na
             torch.testing.assert_close(weight, results[0][name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(make_tiny: Any) -> None:
+def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(make_tiny):
     config = make_tiny("llama", batch_size=1, grad_accum_every=4)
     batch = torch.randint(256, (4, 25))
     model = build_model(config).train()
@@ -52,7 +49,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(make_tiny: Any) -
     assert loss == pytest.approx(math.log(256), abs=0.2)
 
 
-def test_adamw_decays_matrices_and_the_embedding_alone(make_tiny: Any, model_name: str) -> None:
+def test_adamw_decays_matrices_and_the_embedding_alone(make_tiny, model_name):
     config = make_tiny(model_name, optimizer="adamw", weight_decay=0.5, learning_rate=0.1)
     model = build_model(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -71,14 +68,14 @@ def test_adamw_decays_matrices_and_the_embedding_alone(make_tiny: Any, model_nam
         torch.testing.assert_close(dict(model.named_parameters())[name], before[name] * 0.95)
 
 
-def test_beta2_is_that_of_the_config(make_tiny: Any) -> None:
+def test_beta2_is_that_of_the_config(make_tiny):
     for kind in ("adam", "adamw"):
         config = make_tiny("llama", optimizer=kind, beta2=0.9)
         groups = make_optimizer(build_model(config), config).param_groups
         assert {group["betas"] for group in groups} == {(0.9, 0.9)}
 
 
-def test_words_are_learned(make_tiny: Any, model_name: str) -> None:
+def test_words_are_learned(make_tiny, model_name):
     config = make_tiny(model_name, num_batches=60, validate_every=60, use_autocast=True)
     assert train(config) == 0
     rows = read_metrics(Path(config.run_dir) / "metrics.jsonl")
@@ -86,7 +83,7 @@ def test_words_are_learned(make_tiny: Any, model_name: str) -> None:
     assert rows[-1]["val_loss"] < 3
 
 
-def test_metrics_tell_every_step_once_and_the_end(make_tiny: Any) -> None:
+def test_metrics_tell_every_step_once_and_the_end(make_tiny):
     config = make_tiny("megalodon", full_validation=True, generate_every=3)
     assert train(config) == 0
     text = (Path(config.run_dir) / "metrics.jsonl").read_text()
@@ -109,7 +106,7 @@ def test_metrics_tell_every_step_once_and_the_end(make_tiny: Any) -> None:
     assert rows[-1]["full_val_bpc"] == pytest.approx(rows[-1]["full_val_loss"] / math.log(2))
 
 
-def test_the_folder_tells_config_environment_and_weights(make_tiny: Any, text_file: Path) -> None:
+def test_the_folder_tells_config_environment_and_weights(make_tiny, text_file):
     from megalodon_enwik8.config import load_config
 
     config = make_tiny("llama", keep_last=1, keep_best=True)
@@ -133,7 +130,7 @@ def test_the_folder_tells_config_environment_and_weights(make_tiny: Any, text_fi
     assert load_checkpoint(folder / "best.pt").step == best[1]
 
 
-def test_dropout_is_a_function_of_seed_and_step(make_tiny: Any, model_name: str) -> None:
+def test_dropout_is_a_function_of_seed_and_step(make_tiny, model_name):
     losses = []
     for validate_every in (1, 5):
         config = make_tiny(model_name, attention_dropout=0.3, validate_every=validate_every)
@@ -143,7 +140,7 @@ def test_dropout_is_a_function_of_seed_and_step(make_tiny: Any, model_name: str)
     assert losses[0] == losses[1]
 
 
-def test_derived_seeds_differ_by_seed_step_and_purpose() -> None:
+def test_derived_seeds_differ_by_seed_step_and_purpose():
     cases = {(seed, step, use) for seed in range(9) for step in range(99) for use in "ab"}
     seeds = {derive_seed(*case) for case in cases}
     assert len(seeds) == len(cases)
@@ -151,18 +148,18 @@ def test_derived_seeds_differ_by_seed_step_and_purpose() -> None:
 
 
 @pytest.fixture
-def nan_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
+def nan_at_step_3(monkeypatch):
     """Replace the batch's loss of step 3 by nan, with its gradients."""
     counter = iter(range(1000))
 
-    def poisoned(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    def poisoned(model, batch):
         loss = byte_losses(model, batch)
         return loss * math.nan if next(counter) // 2 == 3 else loss
 
     monkeypatch.setattr(training, "byte_losses", poisoned)
 
 
-def assert_finite(path: Path) -> None:
+def assert_finite(path):
     checkpoint = load_checkpoint(path)
     for tensor in checkpoint.model_state.values():
         assert torch.isfinite(tensor).all()
@@ -171,7 +168,7 @@ def assert_finite(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nan_at_step_3")
-def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(make_tiny: Any) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(make_tiny):
     config = make_tiny("llama", save_every=1)
     with pytest.raises(UserError, match=r"^step 3: loss nan, gradient norm nan: stopped.*=skip"):
         train(config)
@@ -184,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(make_tiny: Any)
 
 
 @pytest.mark.usefixtures("nan_at_step_3")
-def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny: Any) -> None:
+def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny):
     config = make_tiny("llama", save_every=1, on_nonfinite="skip")
     assert train(config) == 0
     folder = Path(config.run_dir)
@@ -198,21 +195,19 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(make_tiny: Any) -> None
 
 
 @pytest.mark.usefixtures("nan_at_step_3")
-def test_a_run_that_stopped_goes_on_with_steps_skipped(make_tiny: Any) -> None:
+def test_a_run_that_stopped_goes_on_with_steps_skipped(make_tiny):
     with pytest.raises(UserError, match="start again with a lower learning_rate, or resume with"):
         train(make_tiny("llama"))
     assert train(make_tiny("llama", on_nonfinite="skip"), resume=NEWEST) == 0
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_loss_that_is_not_finite_stops_the_run(make_tiny, monkeypatch):
     monkeypatch.setattr(training.Trainer, "score", lambda self, starts: math.inf)
     with pytest.raises(UserError, match=r"^step 0: validation loss inf: stopped"):
         train(make_tiny("llama", keep_best=True))
 
 
-def test_weights_that_are_not_finite_reach_no_checkpoint(make_tiny: Any) -> None:
+def test_weights_that_are_not_finite_reach_no_checkpoint(make_tiny):
     # So large a step leaves weights that overflow before any loss has shown it.
     config = make_tiny("llama", learning_rate=1e38, weight_decay=0, save_every=1, num_batches=3)
     with pytest.raises(UserError, match=r"^step \d: "):
@@ -222,9 +217,7 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(make_tiny: Any) -> None
 
 
 @pytest.mark.parametrize("value", ["tpu", "cuda"])
-def test_a_device_that_is_unknown_or_absent_is_refused(
-    make_tiny: Any, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_a_device_that_is_unknown_or_absent_is_refused(make_tiny, monkeypatch, value):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setenv("FORCE_DEVICE", value)

@@ -1,37 +1,30 @@
 """Made-up run folders, as training writes them, and ways to read what the report says of them."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 PARAMETERS = {"megalodon": 1000, "llama": 1100}
 
-Loss = Callable[[int], float]
 
-
-def line(start: float, end: float, steps: int = 400) -> Loss:
+def line(start, end, steps=400):
     """A loss that falls in a straight line, on which reading between points is exact."""
     return lambda step: start + (end - start) * step / steps
 
 
 def make_run(
-    folder: Path,
-    model: str = "megalodon",
-    seed: int = 7,
+    folder,
+    model="megalodon",
+    seed=7,
     *,
-    loss: Loss | None = None,
-    step_seconds: float = 2.0,
-    sha256: str = "a" * 64,
-    cut_at: int | None = None,
-    session: dict[str, Any] | None = None,
-    end: dict[str, Any] | None = None,
-    **config: Any,
-) -> Path:
+    loss=None,
+    step_seconds=2.0,
+    sha256="a" * 64,
+    cut_at=None,
+    session=None,
+    end=None,
+    **config,
+):
     """A run of 400 steps, with a line for every hundredth. `cut_at`: it ended there, unfinished."""
     used = {
         "run_dir": str(folder), "model": model, "seed": seed, "num_batches": 400,
@@ -66,14 +59,14 @@ def make_run(
     return folder
 
 
-def make_group(folder: Path, model: str, ends: dict[int, float], **options: Any) -> str:
+def make_group(folder, model, ends, **options):
     """Runs that fall from 3 to the loss of each seed. Returns a glob of them."""
     for seed, end in ends.items():
         make_run(folder / f"{model}_{seed}", model, seed, loss=line(3.0, end), **options)
     return f"{folder.name}/{model}_*"
 
 
-def row(text: str, title: str) -> list[str]:
+def row(text, title):
     """The cells behind the first one, of the first row that begins with it."""
     return next(
         cells[2:-1]

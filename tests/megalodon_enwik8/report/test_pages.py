@@ -1,7 +1,5 @@
 """Pages are filled between their markers and nowhere else, and the committed ones are as filled."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -30,7 +28,7 @@ no newline at the end"""
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Path:
+def page(tmp_path):
     make_group(tmp_path / "runs", "megalodon", {7: 1.40, 8: 1.41})
     make_group(tmp_path / "runs", "llama", {7: 1.44, 8: 1.46})
     path = tmp_path / "PAGE.md"
@@ -38,7 +36,7 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
-def prose(text: str) -> list[str]:
+def prose(text):
     """What a page says outside its markers, and the markers."""
     kept, inside = [], False
     for line in text.split("\n"):
@@ -48,7 +46,7 @@ def prose(text: str) -> list[str]:
     return kept
 
 
-def test_a_page_is_filled_between_its_markers_alone(page: Path) -> None:
+def test_a_page_is_filled_between_its_markers_alone(page):
     assert main(["--fill", str(page)]) == 0
     filled = page.read_bytes().decode()
     assert prose(filled) == prose(PAGE)
@@ -60,7 +58,7 @@ def test_a_page_is_filled_between_its_markers_alone(page: Path) -> None:
     assert "<svg" in (page.parent / "curves.svg").read_text()
 
 
-def test_filling_again_changes_nothing(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_filling_again_changes_nothing(page, capsys):
     main(["--fill", str(page)])
     before = {path: path.stat().st_mtime_ns for path in (page, page.parent / "curves.svg")}
     capsys.readouterr()
@@ -70,9 +68,7 @@ def test_filling_again_changes_nothing(page: Path, capsys: pytest.CaptureFixture
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_page_or_picture_that_is_behind_its_runs_is_told(
-    page: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_or_picture_that_is_behind_its_runs_is_told(page, capfd):
     assert f"curves.svg: is not what the report makes of it: --fill {page}" in refused(
         capfd, main, "--check", page
     )
@@ -107,8 +103,8 @@ def test_a_page_or_picture_that_is_behind_its_runs_is_told(
     ],
 )
 def test_a_marker_that_cannot_be_filled_is_refused_with_its_line(
-    page: Path, marker: str, line: int, message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+    page, marker, line, message, capfd
+):
     (page.parent / "other.json").write_text("[1, 2]")
     text = f"# Title\n{marker}\n"
     page.write_text(text)
@@ -118,28 +114,26 @@ def test_a_marker_that_cannot_be_filled_is_refused_with_its_line(
     assert page.read_text() == text
 
 
-def test_no_page_is_written_unless_all_can_be(
-    page: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_no_page_is_written_unless_all_can_be(page, capfd):
     assert "none.md: No such file" in refused(
         capfd, main, "--fill", page, page.with_name("none.md")
     )
     assert page.read_bytes().decode() == PAGE
 
 
-def test_all_markers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_markers_are_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"{word}: " in text for word in FILLERS)
 
 
-def test_the_committed_pages_are_what_the_report_makes_of_the_committed_results() -> None:
+def test_the_committed_pages_are_what_the_report_makes_of_the_committed_results():
     pages = ("RESULTS.md", "README.md", "docs/scaling.md", "docs/speed.md")
     assert main(["--check", *(str(ROOT / page) for page in pages)]) == 0
 
 
-def test_a_context_picture_shows_every_figure_that_was_measured() -> None:
+def test_a_context_picture_shows_every_figure_that_was_measured():
     measured = json.loads((ROOT / "results/benchmarks/context.json").read_text())
     figure = pictures.draw_contexts(measured)
     drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines())
@@ -147,7 +141,7 @@ def test_a_context_picture_shows_every_figure_that_was_measured() -> None:
     assert drawn == sum(map(len, figures))
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'drawing needs matplotlib: pip install -e "\.\[report\]"'):
         pictures.check_can_draw("a.svg")

@@ -1,10 +1,7 @@
 """Run folders are read as they were written, grouped by what was set, and refused by name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -28,7 +25,7 @@ from .run_folders import make_run
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_run_is_read_as_training_wrote_it(tmp_path: Path) -> None:
+def test_a_run_is_read_as_training_wrote_it(tmp_path):
     run = read_run(make_run(tmp_path / "run", seed=8))
     assert (run.seed, run.steps, run.parameters, run.bytes_a_step) == (8, 400, 1000, 8192)
     assert run.losses == {0: 3.0, 100: 2.5, 200: 2.0, 300: 1.5, 400: 1.0}
@@ -36,7 +33,7 @@ def test_a_run_is_read_as_training_wrote_it(tmp_path: Path) -> None:
     assert run.full_val_bpc == pytest.approx(1.1 / 0.6931472)
 
 
-def test_keys_that_a_config_lacks_have_the_schemas_defaults(tmp_path: Path) -> None:
+def test_keys_that_a_config_lacks_have_the_schemas_defaults(tmp_path):
     old = read_run(make_run(tmp_path / "old", carry_state=False, carry_steps=None))
     new = read_run(make_run(tmp_path / "new", beta2=0.999, optimizer="adam"))
     assert old.recipe == new.recipe
@@ -44,7 +41,7 @@ def test_keys_that_a_config_lacks_have_the_schemas_defaults(tmp_path: Path) -> N
     assert "heads" not in old.recipe  # a key of the other model
 
 
-def test_groups_are_the_same_for_any_order_of_runs_and_names_of_seeds(tmp_path: Path) -> None:
+def test_groups_are_the_same_for_any_order_of_runs_and_names_of_seeds(tmp_path):
     names = []
     for model in ("megalodon", "llama"):
         for seed in (9, 7, 8):
@@ -54,7 +51,7 @@ def test_groups_are_the_same_for_any_order_of_runs_and_names_of_seeds(tmp_path: 
 
     @settings(max_examples=10, deadline=None)
     @given(st.permutations([*names, "other"]))
-    def same_groups(order: list[str]) -> None:
+    def same_groups(order):
         groups = find_groups(order, tmp_path)
         found = {tuple(str(run.path) for run in group) for group in groups}
         assert found == {
@@ -67,7 +64,7 @@ def test_groups_are_the_same_for_any_order_of_runs_and_names_of_seeds(tmp_path: 
     same_groups()
 
 
-def test_keys_that_leave_the_course_alone_do_not_part_a_group(tmp_path: Path) -> None:
+def test_keys_that_leave_the_course_alone_do_not_part_a_group(tmp_path):
     assert ExperimentConfig.model_fields.keys() >= FREE_KEYS
     make_run(tmp_path / "a", seed=7)
     changes = {"batch_size": 16, "grad_accum_every": 1, "compile": True, "save_every": 3}
@@ -84,7 +81,7 @@ def test_keys_that_leave_the_course_alone_do_not_part_a_group(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"chunk_size": 64}, {"dropout": 0.1}])
-def test_any_other_key_parts_them_and_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_any_other_key_parts_them_and_is_named(tmp_path, change):
     make_run(tmp_path / "a", seed=7)
     make_run(tmp_path / "b", seed=8, **change)
     (key, value), *_ = change.items()
@@ -105,23 +102,19 @@ def test_any_other_key_parts_them_and_is_named(tmp_path: Path, change: dict[str,
         ({"val_windows": "search"}, "val_windows"),
     ],
 )
-def test_losses_of_different_things_do_not_stand_in_one_table(
-    tmp_path: Path, change: dict[str, Any], key: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_losses_of_different_things_do_not_stand_in_one_table(tmp_path, change, key, capfd):
     runs = make_run(tmp_path / "a"), make_run(tmp_path / "b", "llama", **change)
     assert f"cannot stand in one table: {key} is" in refused(capfd, main, *runs)
     check_comparable(find_groups([str(runs[0])]))
 
 
-def test_one_recipe_and_seed_twice_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_recipe_and_seed_twice_is_refused(tmp_path, capfd):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     assert f"{a} and {b}: the same recipe and seed 7 twice" in refused(capfd, main, a, b)
     assert len(one_group([str(a), str(a)])) == 1  # one run, named twice
 
 
-def damage(folder: Path, name: str, change: Any) -> None:
+def damage(folder, name, change):
     path = folder / name
     load, dump = (yaml.safe_load, yaml.safe_dump) if "yaml" in name else (json.loads, json.dumps)
     content = load(path.read_text())
@@ -150,9 +143,7 @@ def damage(folder: Path, name: str, change: Any) -> None:
         (lambda run: (run / "metrics.jsonl").write_text("?\n"), "metrics.jsonl: damaged"),
     ],
 )
-def test_a_run_folder_that_is_not_whole_is_refused_in_a_line(
-    tmp_path: Path, spoil: Any, message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_folder_that_is_not_whole_is_refused_in_a_line(tmp_path, spoil, message, capfd):
     run = make_run(tmp_path / "run")
     spoil(run)
     said = refused(capfd, main, run)
@@ -170,23 +161,19 @@ def test_a_run_folder_that_is_not_whole_is_refused_in_a_line(
         ({"end": {"full_val_loss": "low"}}, "damaged"),
     ],
 )
-def test_a_run_without_its_end_is_refused_in_a_line(
-    tmp_path: Path, options: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_its_end_is_refused_in_a_line(tmp_path, options, message, capfd):
     run = make_run(tmp_path / "run", **options)
     assert message in refused(capfd, main, run)
 
 
-def test_what_is_not_there_is_refused_in_a_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_there_is_refused_in_a_line(tmp_path, capfd):
     assert "nothing*: matches nothing" in refused(capfd, main, tmp_path / "nothing*")
     (tmp_path / "file").touch()
     assert "file: no such run folder" in refused(capfd, main, tmp_path / "file")
     assert "name run folders, or pages" in refused(capfd, main)
 
 
-def test_committed_runs_can_be_made_again() -> None:
+def test_committed_runs_can_be_made_again():
     configs = sorted(ROOT.glob("results/*/*/config.yaml"))
     assert configs
     for config in configs:

@@ -1,10 +1,5 @@
 """Figures in tables follow from the runs, as computed by hand on made-up folders."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from megalodon_enwik8.report.__main__ import main
@@ -27,13 +22,13 @@ LLAMA = {7: 1.44, 8: 1.46, 9: 1.51}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     make_group(tmp_path / "runs", "megalodon", MEGALODON)
     make_group(tmp_path / "runs", "llama", LLAMA, step_seconds=4.0)
     return tmp_path / "runs"
 
 
-def test_two_groups_are_compared_by_means_spreads_and_paired_intervals(folder: Path) -> None:
+def test_two_groups_are_compared_by_means_spreads_and_paired_intervals(folder):
     text = compare(one_group(["megalodon*"], folder), one_group(["llama*"], folder))
     assert row(text, "parameters") == ["1,000", "1,100", "−100", "–", "−9.09 %"]
     # Differences -0.04, -0.05, -0.09: mean -0.06, s 0.0264575, t(2) s / sqrt(3) = 0.0657.
@@ -50,7 +45,7 @@ def test_two_groups_are_compared_by_means_spreads_and_paired_intervals(folder: P
     ]  # fmt: skip
 
 
-def test_a_comparison_turned_round_has_the_other_signs(folder: Path) -> None:
+def test_a_comparison_turned_round_has_the_other_signs(folder):
     ours, theirs = one_group(["megalodon*"], folder), one_group(["llama*"], folder)
     there, back = compare(ours, theirs, timing()), compare(theirs, ours, timing())
     for title in ("loss after 400 steps", "BPC after 410 s of training", "a step, s"):
@@ -59,7 +54,7 @@ def test_a_comparison_turned_round_has_the_other_signs(folder: Path) -> None:
         assert a[2].translate(str.maketrans("+−", "−+")) == b[2]
 
 
-def test_seeds_that_one_group_lacks_are_left_out(folder: Path) -> None:
+def test_seeds_that_one_group_lacks_are_left_out(folder):
     ours = one_group(["megalodon_7", "megalodon_9"], folder)
     text = compare(ours, one_group(["llama_8", "llama_9"], folder))
     assert text.startswith("| seeds 9 | Megalodon | Llama |")
@@ -70,7 +65,7 @@ def test_seeds_that_one_group_lacks_are_left_out(folder: Path) -> None:
     assert "the first's" not in runs([ours, alone])
 
 
-def timing(**changes: Any) -> dict[str, Any]:
+def timing(**changes):
     """What `benchmark train` leaves, of the steps of the runs above."""
     steps = {
         "step_bytes": 16 * 512, "seq_len": 512, "chunk_size": 256, "batch_size": 4,
@@ -82,7 +77,7 @@ def timing(**changes: Any) -> dict[str, Any]:
     return {**where, "rows": [{**steps, **changes}]}
 
 
-def test_seconds_and_memory_are_a_benchmarks(tmp_path: Path) -> None:
+def test_seconds_and_memory_are_a_benchmarks(tmp_path):
     make_group(tmp_path / "runs", "megalodon", MEGALODON)
     make_group(tmp_path / "runs", "llama", LLAMA, session={"device": "cuda (H100)"})
     pair = find_groups(["runs/megalodon*", "runs/llama*"], tmp_path)
@@ -100,13 +95,13 @@ def test_seconds_and_memory_are_a_benchmarks(tmp_path: Path) -> None:
     "changes",
     [{"seq_len": 2048}, {"chunk_size": 1024}, {"step_bytes": 4096}, {"use_autocast": False}],
 )
-def test_a_benchmark_of_other_steps_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+def test_a_benchmark_of_other_steps_is_refused(folder, changes):
     group = one_group(["megalodon*"], folder)
     with pytest.raises(UserError, match="megalodon_7: the benchmark has no such step: step_b"):
         compare(group, group, timing(**changes))
 
 
-def test_memory_of_unlike_devices_is_left_out_and_so_are_a_runs_own_seconds(tmp_path: Path) -> None:
+def test_memory_of_unlike_devices_is_left_out_and_so_are_a_runs_own_seconds(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", "llama", session={"device": "cuda (H100)"})
     for text in (compare(*find_groups(["a", "b"], tmp_path)), runs(find_groups(["*"], tmp_path))):
@@ -115,7 +110,7 @@ def test_memory_of_unlike_devices_is_left_out_and_so_are_a_runs_own_seconds(tmp_
         assert "MB" not in text
 
 
-def test_the_headline_has_a_row_for_each_pair_of_groups(folder: Path, tmp_path: Path) -> None:
+def test_the_headline_has_a_row_for_each_pair_of_groups(folder, tmp_path):
     make_group(tmp_path / "best", "megalodon", {7: 1.0}, learning_rate=1e-3, sha256="b" * 64)
     make_group(tmp_path / "best", "llama", {7: 1.2}, learning_rate=2e-3, sha256="b" * 64)
     best = [one_group([f"best/{model}*"], tmp_path) for model in ("megalodon", "llama")]
@@ -133,7 +128,7 @@ def test_the_headline_has_a_row_for_each_pair_of_groups(folder: Path, tmp_path: 
     assert len(headline("another text", *best).splitlines()) == 2 + 1
 
 
-def test_a_table_of_anything_tells_what_differs(folder: Path) -> None:
+def test_a_table_of_anything_tells_what_differs(folder):
     make_run(folder / "short", num_batches=200, loss=line(3.0, 2.0, 200), chunk_size=64)
     text = runs(find_groups(["megalodon*", "short", "llama*"], folder))
     head = [cell.strip() for cell in text.splitlines()[0].split("|")[1:-1]]
@@ -148,22 +143,20 @@ def test_a_table_of_anything_tells_what_differs(folder: Path) -> None:
     assert "BPC of the whole split" not in column  # after different numbers of steps
 
 
-def test_one_run_of_anything_makes_a_table_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_run_of_anything_makes_a_table_and_a_picture(tmp_path, capsys):
     run, picture = make_run(tmp_path / "run"), tmp_path / "curve.svg"
     assert main([str(run), "--picture", str(picture)]) == 0
     assert "| Megalodon | 7 | 1,000 | 1.0000 |" in capsys.readouterr().out
     assert "<svg" in picture.read_text()
 
 
-def test_a_sample_stays_within_its_fence(folder: Path) -> None:
+def test_a_sample_stays_within_its_fence(folder):
     shown = sample(one_group(["llama_7"], folder)).split("\n")
     assert shown == ["~~~~text", "A prompt, and llama: ~~~  ?", "~~~~"]
 
 
-def test_a_search_is_shown_by_what_it_varied_with_each_best_in_bold() -> None:
-    def found(model: str, loss: float, **settings: object) -> dict[str, object]:
+def test_a_search_is_shown_by_what_it_varied_with_each_best_in_bold():
+    def found(model, loss, **settings):
         return {"model": model, "settings": {"seed": 7, **settings}, "val_loss": loss}
 
     text = search(
@@ -182,7 +175,7 @@ def test_a_search_is_shown_by_what_it_varied_with_each_best_in_bold() -> None:
     ]
 
 
-def test_a_benchmark_is_a_table_for_each_kind_of_row() -> None:
+def test_a_benchmark_is_a_table_for_each_kind_of_row():
     both = {"kind": "train", "seq_len": 512}
     rows = [
         {
