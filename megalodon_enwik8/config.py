@@ -1,7 +1,7 @@
 """The experiment's settings: one typed, flat schema for the YAML files and the command line.
 
-Every default lives here and nowhere else. Every mistake is a UserError of one line that names
-the file, the key, the value and the remedy.
+Every default of a run lives here and nowhere else. Every mistake is a UserError of one line that
+names the file, the key, the value and the remedy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loop: one for all models, and what a run writes."""
+"""The training step, which accumulates gradients, and the loop of a run: one for all models."""
 
 from __future__ import annotations
 

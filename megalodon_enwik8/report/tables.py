@@ -151,7 +151,7 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
     head = [*names, "difference", "95 % interval", "relative"]
     rows = [row(title, *pair, *quantity) for title, quantity in quantities(pair).items()]
     if timing:
-        rows.append(same_seconds("BPC", pair))
+        rows.append(same_seconds("BPC", pair, timing))
     for unit in ("steps", "seconds") if timing else ("steps",):
         reached = [_reach(unit, *pair), _reach(unit, *reversed(pair))]
         rows.append([f"{unit} to the other's final loss", *reached, NONE, NONE, NONE])
@@ -160,13 +160,15 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
         for step in common_steps(pair)
     ]
     by_step = table(["loss after steps", *head, *(f"{name}, BPC" for name in names)], each)
+    rows = [cells for cells in rows if set(cells[1:]) != {NONE}]
     return "\n\n".join([table([f"seeds {seeds(pair[0])}", *head], rows), by_step])
 
 
-def same_seconds(title: str, pair: tuple[Group, Group]) -> list[str]:
-    """BPC after as much training as the faster group took."""
+def same_seconds(title: str, pair: tuple[Group, Group], timing: dict[str, Any]) -> list[str]:
+    """BPC after as much training as the faster group took, on the benchmark's device."""
     ends = [run.timing.seconds(run.steps) for group in pair for run in group if run.timing]
-    return row(f"{title} after {min(ends):,.0f} s of training", *pair, bpc_after(min(ends)), 4)
+    title = f"{title} after {min(ends):,.0f} s of training on {timing['device']}"
+    return row(title, *pair, bpc_after(min(ends)), 4)
 
 
 def loss_after(losses: Mapping[int, float], steps: float) -> float:
@@ -213,10 +215,11 @@ def headline(*arguments: Any) -> str:
         pair = pair_up(*timed(pairs[1:3], timing))
         shown = quantities(pair)
         rows.insert(0, (pair, row("parameters", *pair, *shown["parameters"])))
-        rows.insert(2, (pair, same_seconds(pairs[0] + ",", pair)))
+        rows.insert(2, (pair, same_seconds(pairs[0] + ",", pair, timing)))
         taken = [row("", *pair, *shown[key]) for key in ("a step, s", "peak memory, MB")]
         both = [f"{step}; {memory}" for step, memory in zip(*taken, strict=True)]
-        rows.append((pair, ["a step, s; peak memory, MB", *both[1:4], NONE, both[5]]))
+        title = f"a step, s; peak memory, MB, on {timing['device']}"
+        rows.append((pair, [title, *both[1:4], NONE, both[5]]))
     names = [group[0].model for group in rows[0][0]]
     head = ["BPC", "seeds", *names, "difference", "95 % interval", "relative"]
     return table(head, [[cells[0], seeds(pair[0]), *cells[1:]] for pair, cells in rows])

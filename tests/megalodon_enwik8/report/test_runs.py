@@ -171,6 +171,10 @@ def test_what_is_not_there_is_refused_in_a_line(tmp_path, capfd):
     (tmp_path / "file").touch()
     assert "file: no such run folder" in refused(capfd, main, tmp_path / "file")
     assert "name run folders, or pages" in refused(capfd, main)
+    for number, text in enumerate(("[]", '{"device": "x"}')):
+        (tmp_path / "timing.json").write_text(text)
+        given = (make_run(tmp_path / f"run{number}"), "--timing", tmp_path / "timing.json")
+        assert "timing.json: holds no such figures" in refused(capfd, main, *given)
 
 
 def test_committed_runs_can_be_made_again():

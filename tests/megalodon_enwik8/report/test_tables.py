@@ -48,7 +48,7 @@ def test_two_groups_are_compared_by_means_spreads_and_paired_intervals(folder):
 def test_a_comparison_turned_round_has_the_other_signs(folder):
     ours, theirs = one_group(["megalodon*"], folder), one_group(["llama*"], folder)
     there, back = compare(ours, theirs, timing()), compare(theirs, ours, timing())
-    for title in ("loss after 400 steps", "BPC after 410 s of training", "a step, s"):
+    for title in ("loss after 400 steps", f"BPC after 410 s of training {ON}", "a step, s"):
         a, b = row(there, title), row(back, title)
         assert (a[0], a[1]) == (b[1], b[0])
         assert a[2].translate(str.maketrans("+−", "−+")) == b[2]
@@ -63,6 +63,9 @@ def test_seeds_that_one_group_lacks_are_left_out(folder):
     with pytest.raises(UserError, match="megalodon_7 and llama_8: no seed is in both groups"):
         compare(ours, alone)
     assert "the first's" not in runs([ours, alone])
+
+
+ON = "on cpu (2 of 2 cores)"
 
 
 def timing(**changes):
@@ -85,7 +88,7 @@ def test_seconds_and_memory_are_a_benchmarks(tmp_path):
     assert row(text, "a step, s")[:3] == ["1.000", "1.500", "−0.500"]
     assert row(text, "peak memory, MB")[:3] == ["2,000", "1,000", "+1,000"]
     # 11 s and 399 steps of 1 s; the other is after step 267 by then: 3 - 1.53 * 267 / 400 nats.
-    assert row(text, "BPC after 410 s of training")[1] == "2.8547 ± 0.0347"
+    assert row(text, f"BPC after 410 s of training {ON}")[1] == "2.8547 ± 0.0347"
     assert row(text, "seconds to the other's final loss")[1] == "not reached by 3 of 3"
     assert row(text, "seconds to the other's final loss")[0] == "395 ± 7"
     assert draw_curves(pair, timing()).axes[1].get_lines()[0].get_xdata()[-1] == 410
@@ -118,9 +121,9 @@ def test_the_headline_has_a_row_for_each_pair_of_groups(folder, tmp_path):
     text = headline("as published", *pair, "another text", *best, timing())
     assert len(text.splitlines()) == 2 + 5
     assert row(text, "parameters")[1:3] == ["1,000", "1,100"]
-    assert row(text, "as published, after 410 s of training")[2] == "2.8547 ± 0.0347"
+    assert row(text, f"as published, after 410 s of training {ON}")[2] == "2.8547 ± 0.0347"
     step = ["1.000; 2,000", "1.500; 1,000", "−0.500; +1,000", "–", "−33.33 %; +100.00 %"]
-    assert row(text, "a step, s; peak memory, MB")[1:] == step
+    assert row(text, f"a step, s; peak memory, MB, {ON}")[1:] == step
     assert row(text, "as published")[:2] == ["7, 8, 9", "2.0342 ± 0.0144"]
     assert row(text, "another text") == ["7", "1.4427", "1.7312", "−0.2885", "–", "−16.67 %"]
     with pytest.raises(UserError, match="cannot stand in one table: text is sample"):
