@@ -76,7 +76,7 @@ class MegalodonCache(Cache):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(layers=[])
-        self.sizes = {key: getattr(config, key) for key in SIZES[1:]}  # all but the vocabulary
+        self.sizes = {key: getattr(config, key) for key in SIZES if key != "vocab_size"}
         self.reset()
 
     def reset(self) -> None:

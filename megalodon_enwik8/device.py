@@ -33,9 +33,10 @@ def choose_device() -> torch.device:
 
 
 def autocast(device: torch.device, enabled: bool | str) -> torch.autocast:
-    """bfloat16 autocast, once training has chosen what `auto` is. float16 is not served: it
-    overflows in Megalodon's cumulative norm."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled is True)
+    """bfloat16 autocast; auto: where it is fast. float16 is not served: it overflows in Megalodon's
+    cumulative norm."""
+    wanted = has_bfloat16(device) if enabled == "auto" else bool(enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
 def has_bfloat16(device: torch.device) -> bool:

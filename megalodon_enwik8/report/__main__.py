@@ -170,10 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing = read_argument("timing", options.timing, Path()) if options.timing else None
     ours, theirs = groups[0], groups[-1]
     two = len(groups) == 2 and all(tables.with_same_seeds(ours, theirs))
-    try:
-        print(tables.compare(ours, theirs, timing) if two else tables.runs(timed(groups, timing)))
-    except (LookupError, TypeError):
-        raise UserError(f"{options.timing}: holds no such figures") from None
+    print(tables.compare(ours, theirs, timing) if two else tables.runs(timed(groups, timing)))
     if options.picture:
         pictures.save_picture(pictures.draw_curves(groups, timing), options.picture)
         print(f"drawn: {options.picture}")

@@ -192,17 +192,20 @@ def timed(groups: Iterable[Group], measured: dict[str, Any] | None) -> list[Grou
 
 
 def _time(run: Run, measured: dict[str, Any]) -> Run:
-    """Raises UserError for a run whose kind of step the benchmark has not measured."""
+    """Raises UserError for a run whose kind of step the benchmark has not measured whole."""
     config = {**run.config, "step_bytes": run.bytes_a_step, "compile": run.compiled}
     keys = ("step_bytes", "seq_len", "chunk_size", "batch_size", "use_autocast", "compile")
     asked = {key: config[key] for key in keys if key in config}
-    rows = [row for row in measured["rows"] if row | asked == row and config["model"] in row]
-    if not rows:
+    try:
+        row = next(row for row in measured["rows"] if row | asked == row)
+        figures = row[config["model"]]
+        timing = Timing(figures["first step, s"], figures["step, s"])
+        return replace(run, timing=timing, peak_megabytes=figures["peak memory, MB"])
+    except (LookupError, TypeError, StopIteration):
         said = ", ".join(f"{key}={value}" for key, value in asked.items())
-        raise UserError(f"{run.path}: the benchmark has no such step: {said}")
-    figures = rows[0][config["model"]]
-    timing = Timing(figures["first step, s"], figures["step, s"])
-    return replace(run, timing=timing, peak_megabytes=figures["peak memory, MB"])
+        raise UserError(
+            f"{run.path}: the benchmark has no such step: {said}; or not its first, or its memory"
+        ) from None
 
 
 def differing_keys(groups: Sequence[Group]) -> list[str]:

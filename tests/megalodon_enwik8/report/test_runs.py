@@ -174,7 +174,7 @@ def test_what_is_not_there_is_refused_in_a_line(tmp_path, capfd):
     for number, text in enumerate(("[]", '{"device": "x"}')):
         (tmp_path / "timing.json").write_text(text)
         given = (make_run(tmp_path / f"run{number}"), "--timing", tmp_path / "timing.json")
-        assert "timing.json: holds no such figures" in refused(capfd, main, *given)
+        assert f"run{number}: the benchmark has no such step" in refused(capfd, main, *given)
 
 
 def test_committed_runs_can_be_made_again():
