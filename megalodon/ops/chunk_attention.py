@@ -149,10 +149,12 @@ def _attend(
         causal = mask is None and queries == keys
         if mask is None and not causal:
             mask = _causal(queries, keys, q.device)
-        size = v.shape[-1]
-        widest = max(q.shape[-1], size)
-        if widest <= FLASH_LIMIT:  # whose kernels take heads of one size; zeros change no score
-            q, k, v = (F.pad(x, (0, n)) if (n := widest - x.shape[-1]) else x for x in (q, k, v))
+        own, size = q.shape[-1], v.shape[-1]
+        if max(own, size) <= FLASH_LIMIT:  # whose kernels take heads of one size
+            if own < size:  # zeros change no score
+                q, k = F.pad(q, (0, size - own)), F.pad(k, (0, size - own))
+            elif size < own:
+                v = F.pad(v, (0, own - size))
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
         return y[..., :size].transpose(1, 2)
     if queries == 1 and mask is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalodon.ops import chunk_attention
 from megalodon_enwik8 import models
 from megalodon_enwik8.config import load_config
 from megalodon_enwik8.distributed import World
@@ -18,6 +19,7 @@ from megalodon_enwik8.models import (
     byte_losses,
     compile_layers,
     count_parameters,
+    decoder_layers,
 )
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import make_optimizer, train_step
@@ -198,6 +200,15 @@ def test_graphs_train_as_layers_without_them(make_tiny, model_name):
         return found
 
     assert losses("graphs") == pytest.approx(losses(False), abs=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["none", "no_cema", "layer_norm"])
+def test_a_layer_is_one_graph_with_the_attention_that_a_gpu_takes(make_tiny, monkeypatch, ablation):
+    monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)
+    model = build_model(make_tiny("megalodon", ablation=ablation)).train()
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=False, fullgraph=True, backend="eager")
+    byte_losses(model, torch.randint(256, (2, 25))).sum().backward()
 
 
 @pytest.mark.slow
