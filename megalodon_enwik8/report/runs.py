@@ -48,7 +48,6 @@ class Run:
     bytes_a_step: int
     text: str  # name and checksum
     device: str
-    compiled: bool | str  # as the key compile has it, once auto has chosen
     parameters: int
     losses: dict[int, float]  # by steps, in nats per byte; the last at the end
     peak_megabytes: float  # nan: unknown
@@ -115,7 +114,6 @@ def _assemble(
     if steps not in losses:
         raise ValueError("no validation at the end")
     corpus, session = environment["corpus"], environment["sessions"][-1]
-    how = session.get("compile", "").partition(" ")[0]
     return Run(
         path=folder,
         config=config,
@@ -125,7 +123,6 @@ def _assemble(
         bytes_a_step=int(config["batch_size"]) * config["grad_accum_every"] * config["seq_len"],
         text=f"{corpus['name']} ({corpus['sha256'][:16]})",
         device=session["device"],
-        compiled="graphs" if how == "graphs" else how == "on",
         parameters=int(environment["parameters"]),
         losses=losses,
         peak_megabytes=max(row.get("peak_memory_bytes") or 0 for row in rows) / 1e6 or math.nan,
@@ -192,16 +189,19 @@ def timed(groups: Iterable[Group], measured: dict[str, Any] | None) -> list[Grou
 
 
 def _time(run: Run, measured: dict[str, Any]) -> Run:
-    """Raises UserError for a run whose kind of step the benchmark has not measured whole."""
-    config = {**run.config, "step_bytes": run.bytes_a_step, "compile": run.compiled}
-    keys = ("step_bytes", "seq_len", "chunk_size", "batch_size", "use_autocast", "compile")
+    """The fastest such step of the run's model. Raises UserError where the benchmark has none, or
+    not its first, or not its memory."""
+    config = {**run.config, "step_bytes": run.bytes_a_step}
+    keys = ("step_bytes", "seq_len", "chunk_size", "batch_size")
     asked = {key: config[key] for key in keys if key in config}
     try:
-        row = next(row for row in measured["rows"] if row | asked == row)
-        figures = row[config["model"]]
+        most = run.bytes_a_step // asked["seq_len"]  # sequences, for one micro-batch
+        rows = [{**row, "batch_size": min(row["batch_size"], most)} for row in measured["rows"]]
+        found = [row[config["model"]] for row in rows if row | asked == row]
+        figures = min(found, key=lambda figures: figures["step, s"])
         timing = Timing(figures["first step, s"], figures["step, s"])
         return replace(run, timing=timing, peak_megabytes=figures["peak memory, MB"])
-    except (LookupError, TypeError, StopIteration):
+    except (LookupError, TypeError, ValueError):
         said = ", ".join(f"{key}={value}" for key, value in asked.items())
         raise UserError(
             f"{run.path}: the benchmark has no such step: {said}; or not its first, or its memory"

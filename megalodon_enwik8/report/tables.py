@@ -164,10 +164,16 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
     return "\n\n".join([table([f"seeds {seeds(pair[0])}", *head], rows), by_step])
 
 
+def machine(timing: dict[str, Any]) -> str:
+    """Whose seconds they are: the device, and the precision where that is not bfloat16."""
+    in_float32 = not timing["rows"][0]["use_autocast"]
+    return f"{timing['device']}{', in float32' if in_float32 else ''}"
+
+
 def same_seconds(title: str, pair: tuple[Group, Group], timing: dict[str, Any]) -> list[str]:
     """BPC after as much training as the faster group took, on the benchmark's device."""
     ends = [run.timing.seconds(run.steps) for group in pair for run in group if run.timing]
-    title = f"{title} after {min(ends):,.0f} s of training on {timing['device']}"
+    title = f"{title} after {min(ends):,.0f} s of training on {machine(timing)}"
     return row(title, *pair, bpc_after(min(ends)), 4)
 
 
@@ -203,23 +209,23 @@ def _reach(unit: str, ours: Group, theirs: Group) -> str:
 
 def headline(*arguments: Any) -> str:
     """A row for each title, group and group: their BPC at the end of what all of the two did. With
-    a benchmark behind them also, of the first two groups, parameters, BPC after the same seconds,
-    and what a step takes."""
+    a benchmark behind them also the parameters of the first two, BPC after the same seconds, and
+    what a step takes, if it is another than that of the pair before."""
     *pairs, timing = arguments if len(arguments) % 3 else (*arguments, None)
-    rows = []
+    rows, taken = [], None
     for title, *groups in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True):
-        check_comparable(groups)
-        pair = pair_up(*groups)
-        rows.append((pair, row(title, *pair, bpc_at(common_steps(pair)[-1]), 4)))
-    if timing:
-        pair = pair_up(*timed(pairs[1:3], timing))
+        pair = pair_up(*timed(groups, timing))
         shown = quantities(pair)
-        rows.insert(0, (pair, row("parameters", *pair, *shown["parameters"])))
-        rows.insert(2, (pair, same_seconds(pairs[0] + ",", pair, timing)))
-        taken = [row("", *pair, *shown[key]) for key in ("a step, s", "peak memory, MB")]
-        both = [f"{step}; {memory}" for step, memory in zip(*taken, strict=True)]
-        title = f"a step, s; peak memory, MB, on {timing['device']}"
-        rows.append((pair, [title, *both[1:4], NONE, both[5]]))
+        if timing and not rows:
+            rows.append((pair, row("parameters", *pair, *shown["parameters"])))
+        rows.append((pair, row(title, *pair, bpc_at(common_steps(pair)[-1]), 4)))
+        if timing:
+            rows.append((pair, same_seconds(f"{title},", pair, timing)))
+            costs = [row("", *pair, *shown[key]) for key in ("a step, s", "peak memory, MB")]
+            both = [f"{step}; {memory}" for step, memory in zip(*costs, strict=True)]
+            if taken != (taken := [*both[1:4], NONE, both[5]]):
+                what = f"a step, s; peak memory, MB, on {machine(timing)}"
+                rows.append((pair, [what, *taken]))
     names = [group[0].model for group in rows[0][0]]
     head = ["BPC", "seeds", *names, "difference", "95 % interval", "relative"]
     return table(head, [[cells[0], seeds(pair[0]), *cells[1:]] for pair, cells in rows])

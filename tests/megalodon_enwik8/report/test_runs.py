@@ -29,7 +29,7 @@ def test_a_run_is_read_as_training_wrote_it(tmp_path):
     run = read_run(make_run(tmp_path / "run", seed=8))
     assert (run.seed, run.steps, run.parameters, run.bytes_a_step) == (8, 400, 1000, 8192)
     assert run.losses == {0: 3.0, 100: 2.5, 200: 2.0, 300: 1.5, 400: 1.0}
-    assert (run.device, run.compiled, run.peak_megabytes) == ("cpu (2 of 2 cores)", False, 300.0)
+    assert (run.device, run.peak_megabytes) == ("cpu (2 of 2 cores)", 300.0)
     assert run.full_val_bpc == pytest.approx(1.1 / 0.6931472)
 
 

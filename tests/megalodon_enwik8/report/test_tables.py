@@ -96,12 +96,24 @@ def test_seconds_and_memory_are_a_benchmarks(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seq_len": 2048}, {"chunk_size": 1024}, {"step_bytes": 4096}, {"use_autocast": False}],
+    [{"seq_len": 2048}, {"chunk_size": 1024}, {"step_bytes": 4096}, {"batch_size": 8}],
 )
 def test_a_benchmark_of_other_steps_is_refused(folder, changes):
     group = one_group(["megalodon*"], folder)
     with pytest.raises(UserError, match="megalodon_7: the benchmark has no such step: step_b"):
         compare(group, group, timing(**changes))
+
+
+def test_a_model_takes_the_fastest_of_such_steps(tmp_path):
+    run = make_run(tmp_path / "run", batch_size=16, grad_accum_every=1)
+    group = one_group([str(run)])
+    measured = timing(batch_size=64, compile=True, use_autocast=False)  # at once, all there are
+    faster = {**measured["rows"][0], "megalodon": {**measured["rows"][0]["megalodon"]}}
+    faster["megalodon"]["step, s"] = 0.5
+    measured["rows"].append(faster)
+    text = compare(group, group, measured)
+    assert row(text, "a step, s")[0] == "0.500"
+    assert row(text, f"BPC after 210 s of training {ON}, in float32")[0] == "1.4427"  # 11 + 399 / 2
 
 
 def test_memory_of_unlike_devices_is_left_out_and_so_are_a_runs_own_seconds(tmp_path):
@@ -119,12 +131,13 @@ def test_the_headline_has_a_row_for_each_pair_of_groups(folder, tmp_path):
     best = [one_group([f"best/{model}*"], tmp_path) for model in ("megalodon", "llama")]
     pair = [one_group([f"{model}*"], folder) for model in ("megalodon", "llama")]
     text = headline("as published", *pair, "another text", *best, timing())
-    assert len(text.splitlines()) == 2 + 5
+    assert len(text.splitlines()) == 2 + 6
     assert row(text, "parameters")[1:3] == ["1,000", "1,100"]
     assert row(text, f"as published, after 410 s of training {ON}")[2] == "2.8547 ± 0.0347"
     step = ["1.000; 2,000", "1.500; 1,000", "−0.500; +1,000", "–", "−33.33 %; +100.00 %"]
     assert row(text, f"a step, s; peak memory, MB, {ON}")[1:] == step
     assert row(text, "as published")[:2] == ["7, 8, 9", "2.0342 ± 0.0144"]
+    assert row(text, f"another text, after 410 s of training {ON}")[:2] == ["7", "1.4427"]
     assert row(text, "another text") == ["7", "1.4427", "1.7312", "−0.2885", "–", "−16.67 %"]
     with pytest.raises(UserError, match="cannot stand in one table: text is sample"):
         headline("two texts", pair[0], best[1])
