@@ -212,7 +212,8 @@ def headline(*arguments: Any) -> str:
     a benchmark behind them also the parameters of the first two, BPC after the same seconds, and
     what a step takes, if it is another than that of the pair before."""
     *pairs, timing = arguments if len(arguments) % 3 else (*arguments, None)
-    rows, taken = [], None
+    rows: list[tuple[tuple[Group, Group], list[str]]] = []
+    taken: list[str] = []
     for title, *groups in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True):
         pair = pair_up(*timed(groups, timing))
         shown = quantities(pair)
