@@ -125,7 +125,7 @@ class ExperimentConfig(BaseModel):
     # Execution
     # bfloat16; auto: where the device has instructions for it, and float32 elsewhere
     use_autocast: Literal[True, False, "auto"] = True
-    compile: Literal[True, False, "auto", "graphs"] = "auto"  # graphs: and replay CUDA graphs
+    compile: Literal[True, False, "auto", "graphs"] = "auto"  # graphs: as CUDA graphs
     gradient_checkpointing: bool = False
     shard: bool = False  # torchrun: weights, gradients and moments are spread over the processes
     chunk_parallel: Count = 1  # torchrun: so many processes share each sequence along time
@@ -164,7 +164,7 @@ class ExperimentConfig(BaseModel):
                 f"chunks of chunk_size={self.chunk_size}, and the model a Megalodon; a Llama "
                 "attends to a whole sequence, and has shard"
             )
-        if self.compile == "graphs" and (self.grad_accum_every > 1 or self.gradient_checkpointing):
+        if self.compile == "graphs" and not self.is_replayable:
             raise ValueError(
                 "compile=graphs: replays what ran before, one micro-batch a step: set "
                 "grad_accum_every: 1 and gradient_checkpointing: false, or compile: true"
@@ -175,6 +175,11 @@ class ExperimentConfig(BaseModel):
                 f"learning_rate={self.learning_rate}; here the schedule is {self.schedule}"
             )
         return self
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether CUDA graphs can serve a step: a second backward would write over the first."""
+        return self.grad_accum_every == 1 and not self.gradient_checkpointing
 
     @property
     def sequences_per_step(self) -> int:

@@ -212,28 +212,29 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def compile_layers(model: PreTrainedModel, config: ExperimentConfig) -> str:
-    """Compile each decoder layer in place if the config asks for it or `auto` finds it worthwhile.
+def compile_layers(model: PreTrainedModel, config: ExperimentConfig, processes: int = 1) -> str:
+    """Compile each decoder layer in place if the config asks for it or `auto` finds it worthwhile,
+    on an NVIDIA GPU as CUDA graphs where a step allows it.
 
     The layers share their code, so that one compilation serves all; parameter names, and with
     them checkpoints, stay as they are. Returns what was chosen and why.
     Raises UserError where compilation is asked for and cannot work.
     """
     device = next(model.parameters()).device
-    graphs = config.compile == "graphs"
-    lacking = _lacking_for_compile(device, graphs)
-    wanted, why = config.compile, "as configured"
+    wanted, why, graphs = config.compile, "as configured", config.compile == "graphs"
     if wanted == "auto":
         flops = 6.0 * count_parameters(model) * config.tokens_per_step * config.num_batches
         pays = device.type == "cuda" or flops >= COMPILE_PAYS_FLOPS
+        graphs = device.type == "cuda" and processes == 1 and config.is_replayable
+        lacking = _lacking_for_compile(device, graphs)
         wanted = pays and not lacking
         why = f"auto: {lacking or ('it pays' if pays else 'too few steps')}"
-    elif wanted and lacking:
+    elif wanted and (lacking := _lacking_for_compile(device, graphs)):
         raise UserError(f"compile={str(wanted).lower()}: {lacking}, or set compile: false")
     if wanted:
         for layer in decoder_layers(model):
             layer.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
-    return f"{'graphs' if graphs else 'on' if wanted else 'off'} ({why})"
+    return f"{'off' if not wanted else 'graphs' if graphs else 'on'} ({why})"
 
 
 def _lacking_for_compile(device: torch.device, graphs: bool) -> str | None:

@@ -95,7 +95,7 @@ def _train(
     model = build_model(config, world.device)
     if found is not None:
         load_weights(model, found)
-    compiled = compile_layers(model, config)
+    compiled = compile_layers(model, config, world.size)
     trainer = Trainer(config, folder, corpus, model, world)
     if found is not None:
         trainer.restore(found)
@@ -157,7 +157,7 @@ def train_step(
     world = world or World(device)
     loss = torch.zeros((), device=device)
     micro_batches = batch.split(config.batch_size)
-    if config.compile == "graphs":
+    if device.type == "cuda" and config.compile in ("auto", "graphs"):
         torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is in use
     for number, micro_batch in enumerate(micro_batches, 1):
         with world.backward_of(model, last=number == len(micro_batches)):

@@ -339,7 +339,7 @@ def _stepper(model: PreTrainedModel, config: ExperimentConfig, world: World | No
     """A function that trains the model for one step of random bytes: all, or the world's share."""
     device = next(model.parameters()).device
     world = world or World(device)
-    compile_layers(model.train(), config)
+    compile_layers(model.train(), config, world.size)
     learner = world.distribute(model, config)
     optimizer = make_optimizer(model, config)
     shape = (len(world.sequences(config.sequences_per_step)), config.seq_len + 1)

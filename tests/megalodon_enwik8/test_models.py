@@ -1,7 +1,9 @@
 """Building and compiling either model."""
 
+import importlib
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -155,6 +157,28 @@ def test_compile_auto_says_what_it_chose_and_why(make_tiny, monkeypatch):
     assert list(model.state_dict()) == names
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "install a C++ compiler" in compile_layers(model, config)
+
+
+@pytest.mark.parametrize(
+    ("own", "processes", "mode"),
+    [
+        ({"grad_accum_every": 1}, 1, "reduce-overhead"),
+        ({"grad_accum_every": 1}, 2, None),
+        ({"grad_accum_every": 2}, 1, None),
+        ({"grad_accum_every": 1, "gradient_checkpointing": True}, 1, None),
+    ],
+)
+def test_compile_auto_takes_graphs_on_a_gpu_where_a_step_allows(
+    make_tiny, monkeypatch, own, processes, mode
+):
+    model = Mock(parameters=lambda: iter([Mock(device=torch.device("cuda"))]))
+    layer = Mock()
+    monkeypatch.setattr(models, "decoder_layers", lambda model: [layer])
+    monkeypatch.setattr(models, "count_parameters", lambda model: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    said = compile_layers(model, make_tiny("llama", compile="auto", **own), processes)
+    assert said == f"{'graphs' if mode else 'on'} (auto: it pays)"
+    layer.compile.assert_called_once_with(dynamic=False, mode=mode)
 
 
 def test_compile_true_without_a_compiler_is_refused(make_tiny, monkeypatch):

@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_old_checkpoints_load(make_tiny, 
 def test_what_compile_auto_chooses_does_not_hang_on_where_a_run_resumes(make_tiny, monkeypatch):
     asked = []
 
-    def choose(model, config):
+    def choose(model, config, processes):
         asked.append(config.num_batches)
         return "off (a test)"
 
