@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,9 @@ def draw_distances(results: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (axes,) = new_figure(1, 1, 4)
     figure.set_label("BPC by how many bytes were seen before")
     for result, color in zip(results, itertools.cycle(COLORS), strict=False):
-        x, y = zip(*((row["to"], row["bpc"]) for row in result["by_distance"]), strict=True)
+        most = result["reading"].get("context", math.inf)
+        x = [min(row["to"], most) for row in result["by_distance"]]
+        y = [row["bpc"] for row in result["by_distance"]]
         run = Path(result["checkpoint"]).parent.name
         reading = ", ".join(f"{key} {value}" for key, value in result["reading"].items())
         label = f"{run}, {reading}: {result['bpc']:.3f} BPC"

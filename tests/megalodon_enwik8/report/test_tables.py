@@ -3,7 +3,7 @@
 import pytest
 
 from megalodon_enwik8.report.__main__ import main
-from megalodon_enwik8.report.pictures import draw_curves
+from megalodon_enwik8.report.pictures import draw_curves, draw_distances
 from megalodon_enwik8.report.runs import find_groups, one_group
 from megalodon_enwik8.report.tables import (
     compare,
@@ -212,3 +212,11 @@ def test_a_benchmark_is_a_table_for_each_kind_of_row():
         "kind decode:",
         "| of | bytes/s | state, MB |\n| --- | --- | --- |\n| megalodon | 12,346 | 0.0100 |",
     ]
+
+
+def test_a_range_of_distances_ends_where_the_window_does():
+    ranges = [{"to": 32, "bpc": 3.0}, {"to": 128, "bpc": 2.0}]
+    result = {"checkpoint": "run/final.pt", "bpc": 2.5, "by_distance": ranges}
+    for reading, end in (({"context": 100, "stride": 100}, 100), ({"streams": 64}, 128)):
+        figure = draw_distances([{**result, "reading": reading}])
+        assert list(figure.axes[0].get_lines()[0].get_xdata()) == [32, end]
