@@ -27,6 +27,7 @@ class Timing:
 
     first: float  # seconds, with its compilation
     step: float
+    in_bfloat16: bool  # the benchmark's steps, whatever the run's were
 
     def seconds(self, steps: float) -> float:
         """Of training, after so many steps."""
@@ -189,17 +190,20 @@ def timed(groups: Iterable[Group], measured: dict[str, Any] | None) -> list[Grou
 
 
 def _time(run: Run, measured: dict[str, Any]) -> Run:
-    """The fastest such step of the run's model. Raises UserError where the benchmark has none, or
-    not its first, or not its memory."""
+    """The fastest such step of the run's model, in the run's own precision if that was measured.
+    Raises UserError where the benchmark has none, or not its first, or not its memory."""
     config = {**run.config, "step_bytes": run.bytes_a_step}
     keys = ("step_bytes", "seq_len", "chunk_size", "batch_size")
     asked = {key: config[key] for key in keys if key in config}
+    own = bool(config["use_autocast"])
     try:
         most = run.bytes_a_step // asked["seq_len"]  # sequences, for one micro-batch
         rows = [{**row, "batch_size": min(row["batch_size"], most)} for row in measured["rows"]]
-        found = [row[config["model"]] for row in rows if row | asked == row]
-        figures = min(found, key=lambda figures: figures["step, s"])
-        timing = Timing(figures["first step, s"], figures["step, s"])
+        found = [
+            (row["use_autocast"], row[run.config["model"]]) for row in rows if row | asked == row
+        ]
+        precision, figures = min(found, key=lambda pair: (pair[0] != own, pair[1]["step, s"]))
+        timing = Timing(figures["first step, s"], figures["step, s"], precision)
         return replace(run, timing=timing, peak_megabytes=figures["peak memory, MB"])
     except (LookupError, TypeError, ValueError):
         said = ", ".join(f"{key}={value}" for key, value in asked.items())

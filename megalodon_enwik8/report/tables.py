@@ -164,16 +164,16 @@ def compare(ours: Group, theirs: Group, timing: dict[str, Any] | None = None) ->
     return "\n\n".join([table([f"seeds {seeds(pair[0])}", *head], rows), by_step])
 
 
-def machine(timing: dict[str, Any]) -> str:
-    """Whose seconds they are: the device, and the precision where that is not bfloat16."""
-    in_float32 = not timing["rows"][0]["use_autocast"]
+def machine(group: Group, timing: dict[str, Any]) -> str:
+    """Whose seconds a group has: the device's, and in which precision where not in bfloat16."""
+    in_float32 = any(run.timing and not run.timing.in_bfloat16 for run in group)
     return f"{timing['device']}{', in float32' if in_float32 else ''}"
 
 
 def same_seconds(title: str, pair: tuple[Group, Group], timing: dict[str, Any]) -> list[str]:
     """BPC after as much training as the faster group took, on the benchmark's device."""
     ends = [run.timing.seconds(run.steps) for group in pair for run in group if run.timing]
-    title = f"{title} after {min(ends):,.0f} s of training on {machine(timing)}"
+    title = f"{title} after {min(ends):,.0f} s of training on {machine(pair[0], timing)}"
     return row(title, *pair, bpc_after(min(ends)), 4)
 
 
@@ -225,7 +225,7 @@ def headline(*arguments: Any) -> str:
             costs = [row("", *pair, *shown[key]) for key in ("a step, s", "peak memory, MB")]
             both = [f"{step}; {memory}" for step, memory in zip(*costs, strict=True)]
             if taken != (taken := [*both[1:4], NONE, both[5]]):
-                what = f"a step, s; peak memory, MB, on {machine(timing)}"
+                what = f"a step, s; peak memory, MB, on {machine(pair[0], timing)}"
                 rows.append((pair, [what, *taken]))
     names = [group[0].model for group in rows[0][0]]
     head = ["BPC", "seeds", *names, "difference", "95 % interval", "relative"]
