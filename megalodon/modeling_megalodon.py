@@ -28,10 +28,11 @@ from .modules import (
     MegalodonQueryKey,
     MegalodonRMSNorm,
     MegalodonTimestepNorm,
+    again_in_backward,
     drop,
     swiglu_linear,
 )
-from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table
+from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table, whole_scores
 from .time_parallel import TimeGroup
 
 
@@ -79,22 +80,29 @@ class MegalodonBlock(GradientCheckpointingLayer):
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout
     ) -> tuple[Tensor, AttentionState | None]:
-        config = self.config
-        q, k = self.query_key(self.wz(mx), layout.rotary)
-        v = F.silu(self.wv(x_tn)).view(*q.shape[:3], -1)
-        a, state = chunk_attention(
-            q,
-            k,
-            v,
-            config.chunk_size,
-            state=state,
-            offset=layout.offset,
-            segments=layout.segments,
-            dropout=config.attention_dropout if self.training else 0.0,
-            fused=layout.fused,
-            return_state=layout.return_state,
-        )
-        return a.flatten(-2), state
+        config, z, v = self.config, self.wz(mx), self.wv(x_tn)
+        dropout = config.attention_dropout if self.training else 0.0
+
+        def attend(z: Tensor, v: Tensor) -> tuple[Tensor, AttentionState | None]:
+            q, k = self.query_key(z, layout.rotary)
+            a, new_state = chunk_attention(
+                q,
+                k,
+                F.silu(v).view(*q.shape[:3], -1),
+                config.chunk_size,
+                state=state,
+                offset=layout.offset,
+                segments=layout.segments,
+                dropout=dropout,
+                fused=layout.fused,
+                return_state=layout.return_state,
+            )
+            return a.flatten(-2), new_state
+
+        kept = dropout or layout.return_state
+        if kept or not whole_scores(z, config.chunk_size, layout.fused):
+            return attend(z, v)
+        return again_in_backward(lambda z, v: attend(z, v)[0], z, v), None
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):

@@ -162,21 +162,23 @@ def drop(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x
 
 
-def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float) -> Tensor:
-    """linear(swiglu(gate, value)), with dropout between the two.
+def again_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which compiled code keeps the inputs and computes the rest again in
+    the backward, as the compiler would not do by itself. Not for what draws a mask anew."""
+    if not is_dynamo_compiling():
+        return function(*inputs)
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    return cast(Tensor, checkpoint(function, *inputs, **options))
 
-    Compiled, it keeps gate and value for the backward, and the product is computed again there, as
-    the compiler would not do by itself.
-    """
+
+def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float) -> Tensor:
+    """linear(swiglu(gate, value)), with dropout between the two."""
 
     def product(gate: Tensor, value: Tensor) -> Tensor:
         y: Tensor = linear(drop(swiglu(gate, value), dropout))
         return y
 
-    if dropout or not is_dynamo_compiling():  # a mask would not be drawn a second time
-        return product(gate, value)
-    again: Any = {"use_reentrant": False, "preserve_rng_state": False}
-    return cast(Tensor, checkpoint(product, gate, value, **again))
+    return product(gate, value) if dropout else again_in_backward(product, gate, value)
 
 
 class MegalodonFFN(nn.Module):

@@ -136,6 +136,12 @@ def chunk_attention(
     return y, _next_state(k, v, chunk_size, state, offset)
 
 
+def whole_scores(x: Tensor, keys: int, fused: bool) -> bool:
+    """Whether attention on the device of x to so many keys makes their scores, and keeps them for
+    the backward. Arguments as :func:`chunk_attention`."""
+    return not fused or (x.device.type == "cpu" and keys <= SCORES_LIMIT)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, fused: bool, mask: Tensor | None = None
 ) -> Tensor:
@@ -145,7 +151,7 @@ def _attend(
     """
     queries, keys = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, Q or K, d)
-    if fused and (q.device.type != "cpu" or keys > SCORES_LIMIT):
+    if not whole_scores(q, keys, fused):
         causal = mask is None and queries == keys
         if mask is None and not causal:
             mask = _causal(queries, keys, q.device)
