@@ -1,8 +1,9 @@
-"""What all tests share: hypothesis profiles, and no network beyond this machine."""
+"""What all tests share: hypothesis profiles, no network beyond this machine, no compiled code."""
 
 import ipaddress
 import os
 import socket
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,3 +52,11 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", guarded_connect)
     monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code():
+    """PyTorch gives up on code that it has compiled eight times, in whichever tests that was."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()

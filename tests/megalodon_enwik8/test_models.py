@@ -238,7 +238,6 @@ def test_a_layer_is_one_graph_with_the_attention_that_a_gpu_takes(make_tiny, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_layers_compile_once_and_give_the_same_gradients(make_tiny, model_name, autocast):
-    torch._dynamo.reset()
     batch = torch.randint(256, (2, 25))
     model = None
 
