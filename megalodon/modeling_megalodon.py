@@ -99,8 +99,8 @@ class MegalodonBlock(GradientCheckpointingLayer):
             )
             return a.flatten(-2), new_state
 
-        kept = dropout or layout.return_state
-        if kept or not whole_scores(z, config.chunk_size, layout.fused):
+        scores = whole_scores(z, min(z.shape[1], config.chunk_size), layout.fused)
+        if dropout or layout.return_state or not scores:
             return attend(z, v)
         return again_in_backward(lambda z, v: attend(z, v)[0], z, v), None
 

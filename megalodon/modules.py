@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,8 +166,8 @@ def again_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tenso
     the backward, as the compiler would not do by itself. Not for what draws a mask anew."""
     if not is_dynamo_compiling():
         return function(*inputs)
-    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
-    return cast(Tensor, checkpoint(function, *inputs, **options))
+    y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float) -> Tensor:

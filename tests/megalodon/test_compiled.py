@@ -30,7 +30,7 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
 def test_compiled_layers_have_the_gradients_of_eager_ones(autocast):
     eager, compiled = tiny_model(rescale_nffn=True), tiny_model(rescale_nffn=True)
     for layer in compiled.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
+        layer.compile(backend="aot_eager_decomp_partition", fullgraph=True)
     ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
     for model in (eager, compiled):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
