@@ -32,7 +32,13 @@ from .modules import (
     drop,
     swiglu_linear,
 )
-from .ops.chunk_attention import AttentionState, chunk_attention, rotary_table, whole_scores
+from .ops.chunk_attention import (
+    AttentionState,
+    chunk_attention,
+    of_one_size,
+    rotary_table,
+    whole_scores,
+)
 from .time_parallel import TimeGroup
 
 
@@ -82,13 +88,18 @@ class MegalodonBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, AttentionState | None]:
         config, z, v = self.config, self.wz(mx), self.wv(x_tn)
         dropout = config.attention_dropout if self.training else 0.0
+        scores = whole_scores(z, min(z.shape[1], config.chunk_size), layout.fused)
 
-        def attend(z: Tensor, v: Tensor) -> tuple[Tensor, AttentionState | None]:
+        def heads(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             q, k = self.query_key(z, layout.rotary)
+            v = F.silu(v).view(*q.shape[:3], -1)
+            return (q, k, v) if scores or layout.return_state else of_one_size(q, k, v)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionState | None]:
             a, new_state = chunk_attention(
                 q,
                 k,
-                F.silu(v).view(*q.shape[:3], -1),
+                v,
                 config.chunk_size,
                 state=state,
                 offset=layout.offset,
@@ -97,12 +108,13 @@ class MegalodonBlock(GradientCheckpointingLayer):
                 fused=layout.fused,
                 return_state=layout.return_state,
             )
-            return a.flatten(-2), new_state
+            return a[..., : config.value_dim // config.num_heads].flatten(-2), new_state
 
-        scores = whole_scores(z, min(z.shape[1], config.chunk_size), layout.fused)
-        if dropout or layout.return_state or not scores:
-            return attend(z, v)
-        return again_in_backward(lambda z, v: attend(z, v)[0], z, v), None
+        if layout.return_state or (scores and dropout):
+            return attend(*heads(z, v))
+        if scores:
+            return again_in_backward(lambda z, v: attend(*heads(z, v))[0], z, v), None
+        return attend(*again_in_backward(heads, z, v))
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):

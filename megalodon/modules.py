@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,13 +162,12 @@ def drop(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x
 
 
-def again_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def again_in_backward(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """function(*inputs), of which compiled code keeps the inputs and computes the rest again in
     the backward, as the compiler would not do by itself. Not for what draws a mask anew."""
     if not is_dynamo_compiling():
         return function(*inputs)
-    y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return y
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def swiglu_linear(gate: Tensor, value: Tensor, linear: nn.Module, dropout: float) -> Tensor:

@@ -142,6 +142,18 @@ def whole_scores(x: Tensor, keys: int, fused: bool) -> bool:
     return not fused or (x.device.type == "cpu" and keys <= SCORES_LIMIT)
 
 
+def of_one_size(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (..., d), or v (..., e), with heads filled up to one size, which PyTorch's flash
+    attention wants, where it takes that size at all: zeros change no score."""
+    own, size = q.shape[-1], v.shape[-1]
+    if max(own, size) <= FLASH_LIMIT:
+        if own < size:
+            q, k = F.pad(q, (0, size - own)), F.pad(k, (0, size - own))
+        elif size < own:
+            v = F.pad(v, (0, own - size))
+    return q, k, v
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, fused: bool, mask: Tensor | None = None
 ) -> Tensor:
@@ -155,12 +167,8 @@ def _attend(
         causal = mask is None and queries == keys
         if mask is None and not causal:
             mask = _causal(queries, keys, q.device)
-        own, size = q.shape[-1], v.shape[-1]
-        if max(own, size) <= FLASH_LIMIT:  # whose kernels take heads of one size
-            if own < size:  # zeros change no score
-                q, k = F.pad(q, (0, size - own)), F.pad(k, (0, size - own))
-            elif size < own:
-                v = F.pad(v, (0, own - size))
+        size = v.shape[-1]
+        q, k, v = of_one_size(q, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1.0)
         return y[..., :size].transpose(1, 2)
     if queries == 1 and mask is None:

@@ -4,6 +4,7 @@ import torch._dynamo.testing
 from torch._dynamo.utils import counters
 
 from megalodon import MegalodonCache
+from megalodon.ops import chunk_attention
 
 from .models import CHUNK, tiny_model
 
@@ -26,8 +27,11 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
     assert counter.frame_count <= 5
 
 
+@pytest.mark.parametrize("kernel", ["scores", "fused"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_layers_have_the_gradients_of_eager_ones(autocast):
+def test_compiled_layers_have_the_gradients_of_eager_ones(autocast, kernel, monkeypatch):
+    if kernel == "fused":
+        monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)
     eager, compiled = tiny_model(rescale_nffn=True), tiny_model(rescale_nffn=True)
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager_decomp_partition", fullgraph=True)
@@ -78,3 +82,13 @@ def test_a_compiled_layer_keeps_neither_scores_nor_products_behind_gates():
     assert not [shape for shape in kept if shape[-2:] == (CHUNK, CHUNK)]
     hidden = (2 * CHUNK, model.config.ffn_hidden_dim)
     assert kept.count(hidden) == 2  # gate and value, but not their product
+
+
+def test_a_compiled_layer_keeps_what_attention_gives_but_not_what_it_takes(monkeypatch):
+    monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)
+    model, kept = tiny_model(num_layers=1).train(), []
+    model.model.layers[0].compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model(torch.randint(0, 256, (1, 2 * CHUNK)), use_cache=False)
+    size = model.config.value_dim // model.config.num_heads
+    assert kept.count((2, model.config.num_heads, CHUNK, size)) == 1
