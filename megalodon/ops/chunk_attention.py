@@ -174,9 +174,8 @@ def _attend(
     if queries == 1 and mask is None:
         scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     else:
-        bias = q.new_zeros(1, 1, queries, keys)
-        seen = _causal(queries, keys, q.device) if mask is None else mask
-        bias = bias.masked_fill(~seen, -torch.inf)
+        bias = q.new_full((queries, keys), -torch.inf)
+        bias = bias.triu(keys - queries + 1) if mask is None else bias.masked_fill(mask, 0)
         heads = bias.expand(q.shape[0], q.shape[1], queries, keys).reshape(-1, queries, keys)
         scores = torch.baddbmm(heads, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     weights = scores.softmax(-1, dtype=scores.dtype)  # which autocast would widen
