@@ -93,6 +93,7 @@ class MegalodonBlock(GradientCheckpointingLayer):
         def heads(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             q, k = self.query_key(z, layout.rotary)
             v = F.silu(v).view(*q.shape[:3], -1)
+            # Filled up before attention would do so: then all that it takes is computed again.
             return (q, k, v) if scores or layout.return_state else of_one_size(q, k, v)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionState | None]:

@@ -27,12 +27,15 @@ def test_compiled_layers_decode_at_every_place_of_a_chunk_with_few_compilations(
     assert counter.frame_count <= 5
 
 
-@pytest.mark.parametrize("kernel", ["scores", "fused"])
+# Value heads are larger than those of queries and keys, or smaller.
+@pytest.mark.parametrize(("scores_limit", "value_dim"), [(512, 24), (0, 24), (0, 12)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_layers_have_the_gradients_of_eager_ones(autocast, kernel, monkeypatch):
-    if kernel == "fused":
-        monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)
-    eager, compiled = tiny_model(rescale_nffn=True), tiny_model(rescale_nffn=True)
+def test_compiled_layers_have_the_gradients_of_eager_ones(
+    autocast, scores_limit, value_dim, monkeypatch
+):
+    monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", scores_limit)
+    options = {"rescale_nffn": True, "value_dim": value_dim}
+    eager, compiled = tiny_model(**options), tiny_model(**options)
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager_decomp_partition", fullgraph=True)
     ids = torch.randint(0, 256, (2, 2 * CHUNK + 3))
@@ -74,21 +77,24 @@ def test_a_second_start_finds_its_compiled_layers_on_the_disk(tmp_path, monkeypa
         assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
 
 
-def test_a_compiled_layer_keeps_neither_scores_nor_products_behind_gates():
+def kept_by_a_compiled_layer():
+    """The shapes of what it keeps for its backward, of two chunks, and its configuration."""
     model, kept = tiny_model(num_layers=1).train(), []
     model.model.layers[0].compile(backend="aot_eager_decomp_partition", fullgraph=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         model(torch.randint(0, 256, (1, 2 * CHUNK)), use_cache=False)
+    return kept, model.config
+
+
+def test_a_compiled_layer_keeps_neither_scores_nor_products_behind_gates():
+    kept, config = kept_by_a_compiled_layer()
     assert not [shape for shape in kept if shape[-2:] == (CHUNK, CHUNK)]
-    hidden = (2 * CHUNK, model.config.ffn_hidden_dim)
+    hidden = (2 * CHUNK, config.ffn_hidden_dim)
     assert kept.count(hidden) == 2  # gate and value, but not their product
 
 
 def test_a_compiled_layer_keeps_what_attention_gives_but_not_what_it_takes(monkeypatch):
     monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)
-    model, kept = tiny_model(num_layers=1).train(), []
-    model.model.layers[0].compile(backend="aot_eager_decomp_partition", fullgraph=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        model(torch.randint(0, 256, (1, 2 * CHUNK)), use_cache=False)
-    size = model.config.value_dim // model.config.num_heads
-    assert kept.count((2, model.config.num_heads, CHUNK, size)) == 1
+    kept, config = kept_by_a_compiled_layer()
+    size = config.value_dim // config.num_heads
+    assert kept.count((2, config.num_heads, CHUNK, size)) == 1
