@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megalodon.compat import CACHE_NAME
-from megalodon.ops import chunk_attention
+from megalodon.ops import cema_blocks, chunk_attention
 from megalodon_enwik8 import device as machine
 from megalodon_enwik8.benchmark.operations import DTYPE_COPY, KERNEL_NAMES, Operations, kernels
 from megalodon_enwik8.config import MODELS, ExperimentConfig, has_key, make_config
@@ -309,9 +309,12 @@ def layers(depth: int) -> dict[str, int]:
     return {"num_layers": depth, "depth": depth}
 
 
-def as_on_a_gpu() -> AbstractContextManager[Any]:
-    """While the block runs, attention is one operation, as it is on a GPU."""
-    return patch.object(chunk_attention, "SCORES_LIMIT", 0)
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """While the block runs, attention is one operation, and a transposition one, as on a GPU."""
+    one_copy = patch.object(cema_blocks, "TWO_COPIES_ON", "")
+    with patch.object(chunk_attention, "SCORES_LIMIT", 0), one_copy:
+        yield
 
 
 def _passes(task: Task) -> tuple[Step, Step]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalodon.ops import cema_blocks
 from megalodon.ops.cema import (
     BLOCK,
     CEMACoefficients,
@@ -171,3 +172,17 @@ def test_the_compiler_is_told_the_truth_about_the_operation(
     block = min(BLOCK, length)
     document = (torch.rand(2, -(-length // block)) < 0.3).cumsum(1) if has_documents else None
     torch.library.opcheck(_cema_blocks, (x, coefficients, state, document, block))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 100])
+def test_one_copy_and_two_lay_out_the_same_blocks(monkeypatch, length):
+    x = torch.randn(2, length, 6)
+    layouts = []
+    for device in ("cpu", ""):
+        monkeypatch.setattr(cema_blocks, "TWO_COPIES_ON", device)
+        u = cema_blocks.by_channel(x, 32)
+        layouts.append(u)
+        assert torch.equal(cema_blocks.by_time(u, 2, length), x)
+    padded = torch.zeros(2, 128, 6)[:, : -(-length // 32) * 32]
+    padded[:, :length] = x
+    assert all(torch.equal(u, padded.flatten(0, 1).t().reshape(6, -1, 32)) for u in layouts)
