@@ -43,8 +43,9 @@ def test_compiled_layers_have_the_gradients_of_eager_ones(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
+    atol = 1e-4 if autocast else 1e-5  # a processor's bfloat16 products may round either way
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=atol)
 
 
 @torch.no_grad()
