@@ -43,9 +43,9 @@ def test_compiled_layers_have_the_gradients_of_eager_ones(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-    atol = 1e-4 if autocast else 1e-5  # a processor's bfloat16 products may round either way
+    bound = 1e-2 if autocast else 1e-5  # of each gradient's norm; a rounding to bfloat16 is 4e-3
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=atol)
+        assert (ours.grad - theirs.grad).norm() <= bound * theirs.grad.norm()
 
 
 @torch.no_grad()
