@@ -23,7 +23,7 @@ AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)
 AutoModel.register(MegalodonConfig, MegalodonModel, exist_ok=True)
 AutoModelForCausalLM.register(MegalodonConfig, MegalodonForCausalLM, exist_ok=True)
 AutoTokenizer.register(MegalodonConfig, MegalodonTokenizer, exist_ok=True)
-make_known_as_causal_lm("megalodon", "MegalodonForCausalLM")
+make_known_as_causal_lm()
 
 __all__ = [
     "MegalodonCache",

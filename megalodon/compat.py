@@ -42,8 +42,8 @@ def one_cache(
     return past_key_values if cache is None else cache
 
 
-def make_known_as_causal_lm(model_type: str, class_name: str) -> None:
-    """Write a model into the list by which the text-generation pipeline knows what it supports,
+def make_known_as_causal_lm() -> None:
+    """Write Megalodon into the list by which the text-generation pipeline knows what it supports,
     and Trainer whose labels to shift when it smooths them. AutoModelForCausalLM.register, the
     public way, does not reach it."""
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = class_name
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megalodon"] = "MegalodonForCausalLM"

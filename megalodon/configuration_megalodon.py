@@ -15,15 +15,10 @@ if TYPE_CHECKING:
 else:
     RopeBase = float | int | None  # None only until __post_init__
 
-SIZES: tuple[str, ...] = (
-    "vocab_size",
-    "model_dim",
-    "num_layers",
-    "num_heads",
-    "z_dim",
-    "value_dim",
-)
-SIZES += ("ffn_hidden_dim", "cema_ndim", "chunk_size", "norm_num_groups")
+SIZES = (
+    "vocab_size", "model_dim", "num_layers", "num_heads", "z_dim", "value_dim",
+    "ffn_hidden_dim", "cema_ndim", "chunk_size", "norm_num_groups",
+)  # fmt: skip
 """The keys that say what a model's tensors are like."""
 
 

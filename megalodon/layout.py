@@ -34,8 +34,8 @@ class Layout:
     return_state: bool
     fused: bool
     kept: Kept | None
-    time: TimeGroup | None = None
-    counts: StepCounts | None = None
+    time: TimeGroup | None
+    counts: StepCounts | None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Layout":
         """The same on another device. accelerate calls it for each block, so that the blocks of
@@ -126,7 +126,7 @@ def read_layout(
     *,
     return_state: bool,
     fused: bool,
-    time: TimeGroup | None = None,
+    time: TimeGroup | None,
 ) -> Layout:
     """The layout of x (B, L, D). Raises ValueError for shapes that do not fit."""
     batch, length = x.shape[:2]

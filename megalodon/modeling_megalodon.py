@@ -45,7 +45,7 @@ from .time_parallel import TimeGroup
 class MegalodonBlock(GradientCheckpointingLayer):
     """One block: gated chunk attention over a moving average, then a feed-forward network.
 
-    The second hop's residual is the block's input, not the first hop's output (section 3.5).
+    The second hop's residual is the block's input, not the first hop's output (section 3.4).
     The state is an argument and a result, so that a recomputed forward is the same forward.
     """
 

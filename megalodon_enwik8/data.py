@@ -312,8 +312,8 @@ def _draw(count: int, seed: int, step: int, sequence: int) -> int:
 
 
 def _starts(part: Bytes, seq_len: int) -> int:
-    """How many windows of seq_len + 1 bytes begin in a part of a text, of which the validation
-    part is the shorter one."""
+    """How many windows of seq_len + 1 bytes begin in a part of a text. Raises UserError for none;
+    who checks the validation part first, which is never the longer, need not check the other."""
     if len(part) <= seq_len:
         raise UserError(
             f"seq_len={seq_len}: a part of the text has {len(part)} bytes and needs {seq_len + 1}: "

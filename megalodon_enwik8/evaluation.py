@@ -41,10 +41,6 @@ RANGE_ENDS = (32, 128, 512, *(1024 * 4**i for i in range(25)))
 """Distances, in bytes, are put together in ranges that end here."""
 
 
-def nothing() -> None:
-    """What is checked where nobody asks for more."""
-
-
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs the model only reads: no dropout, no gradients, and compiled layers run
@@ -125,7 +121,7 @@ def score_windows(
     starts: Sequence[int] | None = None,
     use_autocast: bool | str,
     progress: bool = False,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = lambda: None,
     world: World | None = None,
 ) -> Score:
     """Score `text` in windows of `context` bytes that start afresh, one every `stride` bytes, or

@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from megalodon_enwik8.evaluation import nothing, reading
+from megalodon_enwik8.evaluation import reading
 from megalodon_enwik8.safety import UserError
 
 _KEPT_CONTROLS = "\n\t"
@@ -75,7 +75,7 @@ def generate_bytes(
     min_p: float = 0.0,
     top_k: int | None = None,
     streamer: BaseStreamer | None = None,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = lambda: None,
 ) -> bytes:
     """`length` new bytes after a prompt of at least one byte, a pure function of the arguments.
 

@@ -45,10 +45,6 @@ def draw_model(config: ExperimentConfig) -> PreTrainedModel:
         model = build(config)
     except (ValueError, StrictDataclassError) as error:  # which wraps what a config's check says
         raise UserError(f"model={config.model}: {error.__cause__ or error}") from error
-    if config.gradient_checkpointing:
-        # transformers 5.17 knows it by its old name alone.
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return model
 
 
@@ -63,6 +59,7 @@ def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
             vocab_size=config.num_tokens,
             rope_base=config.rope_base,
             attention_dropout=config.attention_dropout,
+            gradient_checkpointing=config.gradient_checkpointing,
             **values,
         )
     )
@@ -93,6 +90,7 @@ def build_llama(config: ExperimentConfig) -> PreTrainedModel:
             max_position_embeddings=2**30,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
             attention_dropout=config.attention_dropout,
+            gradient_checkpointing=config.gradient_checkpointing,
             tie_word_embeddings=config.tied_embedding,
             bos_token_id=None,
             eos_token_id=None,

@@ -65,26 +65,26 @@ class Costs:
         layer, rest = layer * (2 * micro_batches + 1), rest * (micro_batches + 1)
         return Sent(layer, self.config.num_layers * layer + rest)
 
-    def along_time(self, processes: int, sequences: int = 1, micro_batches: int = 1) -> Sent:
+    def along_time(self, processes: int, sequences: int = 1) -> Sent:
         """chunk_parallel: an all-gather of the shape, and one of each TimestepNorm's statistics
         and of each CEMA's summary; in the backward as large ones of what their gradients come to.
-        Of `sequences` in a step, in so many micro-batches; of any length."""
+        Of `sequences` in one micro-batch; of any length."""
         config = self.config
         statistics = 2 * config.norm_num_groups * DOUBLE  # mean and variance
         summary = 2 * config.model_dim * config.cema_ndim * FLOAT  # a complex number
         layer, final = (2 * sequences * part for part in (statistics + summary, statistics))
-        total = config.num_layers * layer + final + 3 * DOUBLE * micro_batches
+        total = config.num_layers * layer + final + 3 * DOUBLE
         return Sent((processes - 1) * layer, (processes - 1) * total)
 
     def flops(self, tokens: int) -> int:
-        """Of forward and backward: 6 for each weight of a matrix and token, and three times what
+        """Of forward and backward: 6 for each weight and token, and three times what
         attention takes within chunks, of which it sees one half, and CEMA in blocks."""
         config = self.config
         lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.model_dim
         attention = config.chunk_size * (config.z_dim + config.value_dim)
         cema = config.model_dim * (2 * BLOCK + 8 * config.cema_ndim)
-        matrices = 2 * (self.parameters - lookup)
-        return 3 * tokens * (matrices + config.num_layers * (attention + cema))
+        weights = 2 * (self.parameters - lookup)
+        return 3 * tokens * (weights + config.num_layers * (attention + cema))
 
     def least_tokens(self, sent: Sent, device: Device) -> int:
         """The fewest tokens of a step in each process with which it pays to send that much."""

@@ -121,7 +121,9 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
 
 def read_losses(run_dir: Path) -> dict[str, Any]:
     """The validation losses of a finished run, and where it was made."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    from megalodon_enwik8.run_folder import read_metrics
+
+    rows = read_metrics(run_dir / "metrics.jsonl")
     environment = json.loads((run_dir / "environment.json").read_text())
     curve = {str(row["step"]): round(row["val_loss"], 5) for row in rows if "val_loss" in row}
     commit = environment["sessions"][-1].get("commit")

@@ -1,6 +1,6 @@
 """Causal attention inside consecutive chunks of C tokens, and rotary position embedding.
 
-Ma et al. 2024 (arXiv 2404.08801), section 3.4. A token sees the tokens of its own chunk up to
+Ma et al. 2024 (arXiv 2404.08801), section 3.3. A token sees the tokens of its own chunk up to
 itself and nothing else; a last, shorter chunk is allowed. The scores are q k^T as they are: the
 1/sqrt(d) is part of q and k already.
 """

@@ -1,6 +1,6 @@
 """TimestepNorm: group normalisation with statistics that are cumulative over time.
 
-Ma et al. 2024 (arXiv 2404.08801), section 3.3. For group ``g`` of ``D / G`` channels, at step
+Ma et al. 2024 (arXiv 2404.08801), section 3.2. For group ``g`` of ``D / G`` channels, at step
 ``t``, over all scalars of the group at steps ``1..t``::
 
     M_t = mean, V_t = population variance

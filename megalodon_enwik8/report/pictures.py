@@ -157,7 +157,7 @@ def draw_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
     figure.set_label("Values recalled by their keys, against the gap between")
     found: dict[str, dict[float, list[list[float]]]] = {}
     for row in results:
-        made = {"steps": row["steps"], "of": row["sequences"], **row["given"]}
+        made = {"steps": row["steps"], "sequences": row["sequences"], **row["given"]}
         name = ", ".join([row["model"].title(), *(f"{key} {made[key]}" for key in made)])
         rates = found.setdefault(name, {})
         rates.setdefault(row["learning_rate"], []).append(list(row["accuracy"].values()))

@@ -325,7 +325,7 @@ def _shown(value: Any) -> str:
 # Tables of the cost model
 
 RELEASED = ("mega200m", "mega1_3b", "mega1_3b_pg19", "mega7_1b", "mega7_3b")
-WAYS = ("DDP", "FSDP2", "along time")
+LAYOUTS = ("DDP", "FSDP2", "along time")
 WORLD_SIZES = (8, 64, 1024)
 LENGTHS = {f"{kibi}k": kibi * 1024 for kibi in (4, 16, 64, 256)} | {"1M": 1024**2}
 
@@ -352,8 +352,8 @@ def scaling(numbers: str) -> str:
         least = [costs.least_tokens(way(n), device) for way in ways[:2] for n in WORLD_SIZES[::2]]
         most = [costs.most_along_time(tokens, device) for tokens in LENGTHS.values()]
         ends.append([name, *(f"{number:,}" for number in [*least, *most])])
-    each = [f"{way}, {unit}" for way in WAYS for unit in ("layer", "step")]
-    fewest = [f"{way}, N = {n:,}" for way in WAYS[:2] for n in WORLD_SIZES[::2]]
+    each = [f"{way}, {unit}" for way in LAYOUTS for unit in ("layer", "step")]
+    fewest = [f"{way}, N = {n:,}" for way in LAYOUTS[:2] for n in WORLD_SIZES[::2]]
     parts = [
         "Sent by each of N processes, in MB; along time for each sequence, of any length:",
         table(["model", "N", *each], sent),

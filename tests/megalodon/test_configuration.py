@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from importlib import metadata
 
 import pytest
 import torch
@@ -87,10 +86,6 @@ def test_a_file_holds_every_size_whatever_the_defaults_are(tmp_path):
             "attribute_map",
         }
         assert own <= set(held)
-
-
-def test_the_version_is_that_of_the_distribution():
-    assert megalodon.__version__ == metadata.version("megalodon-enwik8")
 
 
 def test_configure_precision_sets_what_it_is_told_and_no_more():

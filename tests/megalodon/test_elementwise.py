@@ -20,9 +20,11 @@ def test_swiglu_equals_its_reference(dtype):
 def test_rms_norm_equals_its_reference(shape, dtype):
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)]
+    if len(shape) == 4:  # as queries and keys have it
+        inputs.pop()
 
     def run(operation):
-        return lambda x, weight: operation(x, weight, 1e-5, x.dtype)
+        return lambda x, weight=None: operation(x, weight, 1e-5, x.dtype)
 
     assert_same(run(rms_norm), run(rms_norm_reference), inputs, TOLERANCE[dtype])
 

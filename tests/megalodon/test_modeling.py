@@ -28,8 +28,10 @@ def count(model):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_sizes(name):
+    make = getattr(MegalodonConfig, name)
     with torch.device("meta"):
-        assert count(MegalodonForCausalLM(getattr(MegalodonConfig, name)())) == RELEASED[name]
+        assert count(MegalodonForCausalLM(make())) == RELEASED[name]
+    assert f" {RELEASED[name]:,} parameters" in make.__doc__
 
 
 @torch.no_grad()

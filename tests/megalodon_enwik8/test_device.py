@@ -51,7 +51,6 @@ def test_training_asks_for_it(make_tiny, monkeypatch):
 def test_auto_is_bfloat16_where_the_processor_has_it_and_is_stored_as_what_it_was(
     capability, machine, fast, make_tiny, monkeypatch, capsys
 ):
-    monkeypatch.setenv("FORCE_DEVICE", "cpu")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("platform.machine", lambda: machine)
     config = make_tiny("llama", num_batches=1, use_autocast="auto")

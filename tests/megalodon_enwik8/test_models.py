@@ -29,14 +29,11 @@ from megalodon_enwik8.training import make_optimizer, train_step
 # As published, less the rotary frequencies (depth x dim_head / 2) that were counted with them.
 PARAMETERS = {
     "megalodon_multichunk_512": 11_376_000,
-    "archive_megalodon_multichunk_512_short": 11_376_000,
     "archive_megalodon_nano": 11_376_000,
-    "archive_megalodon_nano_short": 11_376_000,
     "archive_megalodon_small": 27_214_848,
     "llama_512": 12_489_792 - 6 * 32,
     "test": 557_728 - 2 * 16,
     "archive_nano": 8_950_848 - 6 * 32,
-    "archive_nano_short": 8_950_848 - 6 * 32,
     "archive_simple": 35_800_064 - 16 * 32,
 }
 

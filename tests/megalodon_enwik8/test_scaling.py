@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +12,6 @@ from megalodon import MegalodonConfig, MegalodonForCausalLM
 from megalodon_enwik8.config import ExperimentConfig
 from megalodon_enwik8.distributed import World
 from megalodon_enwik8.models import byte_losses
-from megalodon_enwik8.report.tables import RELEASED
 from megalodon_enwik8.scaling import Costs, Device
 
 from ..megalodon.models import tiny_config
@@ -113,12 +111,6 @@ def test_bytes_of_gradients_and_weights_are_those_of_the_formula(processes, tmp_
     layer, step = costs.sharded(2, micro_batches=2)
     assert sent(fsdp) == step
     assert 5 * sent(fsdp[1:2]) == layer  # behind the gathering of what lies in no layer
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_parameters_are_those_documented(name):
-    make = getattr(MegalodonConfig, name)
-    assert f" {Costs(make()).parameters:,} parameters" in make.__doc__
 
 
 def test_arithmetic_is_what_a_step_computes():

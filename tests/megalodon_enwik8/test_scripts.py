@@ -188,7 +188,6 @@ def test_the_scripts_run_as_programs(make_tiny, tmp_path, monkeypatch):
     """One real process each: text reaches a pipe in UTF-8 whatever the locale says."""
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONUTF8", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = make_tiny("megalodon", num_batches=1)
     assert run_training(config) == 0
     path = write_config(tmp_path / "x.yaml", config)

@@ -95,11 +95,12 @@ def test_a_plan_that_is_none_is_refused(make_plan, tmp_path, changes, line):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_committed_plan_is_one_and_its_runs_are_of_it():
-    results = Path(__file__).parents[2] / "results"
-    plan = search.read_plan(str(results / "search.yaml"))
-    rows = search.read_results(results / "search.jsonl")
-    assert all([*row["settings"]] == plan.set_keys(row["model"]) for row in rows)
+def test_the_committed_plans_are_some_and_their_runs_are_of_them():
+    paths = [*(Path(__file__).parents[2] / "results").glob("search*.yaml")]
+    assert len(paths) == 3
+    for path in paths:
+        plan, rows = search.read_plan(str(path)), search.read_results(path.with_suffix(".jsonl"))
+        assert all([*row["settings"]] == plan.set_keys(row["model"]) for row in rows)
 
 
 def test_another_file_is_not_written_to(make_plan, tmp_path):
