@@ -78,10 +78,14 @@ class MegalodonBlock(GradientCheckpointingLayer):
         a, attention_state = self._attention(x_tn, mx, attention_state, layout)
         gated = swiglu_linear(self.wr(mx), a, self.wh2, hidden)
         y = x + drop(self.wh1(mx) + gated, branch)
-        out = x + drop(self.ffn(self.ffn_norm(y), hidden), branch)
+        out = self.second_hop(x, y, hidden, branch)
         if not layout.return_state:
             return out, None
         return out, LayerState(norm_state, cema_state, attention_state)  # type: ignore[arg-type]
+
+    def second_hop(self, x: Tensor, y: Tensor, hidden: float, branch: float) -> Tensor:
+        """What the network makes of the first hop's output y, added to the block's input x."""
+        return x + drop(self.ffn(self.ffn_norm(y), hidden), branch)
 
     def _attention(
         self, x_tn: Tensor, mx: Tensor, state: AttentionState | None, layout: Layout

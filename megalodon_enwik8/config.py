@@ -88,7 +88,8 @@ class ExperimentConfig(BaseModel):
     init_mode: Literal["he", "xavier", "bert", "gaussian", "none", "fan_in"] = _megalodon("he")
     hidden_dropout: Probability = _megalodon(0.0)
     dropout: Probability = _megalodon(0.0)
-    ablation: Literal["none", "no_cema", "layer_norm"] = _megalodon("none")  # for comparison
+    # For comparison: see models.NoCEMA, LayerNormInstead and OneHopBlock
+    ablation: Literal["none", "no_cema", "layer_norm", "one_hop"] = _megalodon("none")
 
     # Llama
     dim: Width = _llama(384)

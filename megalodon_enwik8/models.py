@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
 from megalodon.layout import Layout
+from megalodon.modeling_megalodon import MegalodonBlock
 from megalodon.modules import MegalodonLayerNorm
 from megalodon.ops.timestep_norm import TimestepNormState, initial_state
 from megalodon_enwik8.checkpoint import Checkpoint
@@ -70,6 +71,8 @@ def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
             layer.cema = NoCEMA(model.config)
         elif config.ablation == "layer_norm":
             layer.timestep_norm = LayerNormInstead(model.config)
+        elif config.ablation == "one_hop":
+            layer.__class__ = OneHopBlock
     if config.ablation == "layer_norm":
         model.model.final_norm = LayerNormInstead(model.config)
     return model
@@ -153,6 +156,16 @@ class LayerNormInstead(MegalodonLayerNorm):
         else:
             steps = layout.segments.final_count(state.steps)
         return super().forward(x), state._replace(steps=steps)
+
+
+class OneHopBlock(MegalodonBlock):
+    """`ablation: one_hop`: what the first hop brings stays in the stream, as what a Transformer's
+    attention brings does; a Megalodon's gets there through the feed-forward network alone."""
+
+    def second_hop(
+        self, x: torch.Tensor, y: torch.Tensor, hidden: float, branch: float
+    ) -> torch.Tensor:
+        return super().second_hop(y, y, hidden, branch)
 
 
 def restore_model(checkpoint: Checkpoint, device: torch.device | None = None) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from megalodon_enwik8.export import main as export
 from megalodon_enwik8.models import LayerNormInstead, build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import UserError
 
-ABLATIONS = ["no_cema", "layer_norm"]
+ABLATIONS = ["no_cema", "layer_norm", "one_hop"]
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -24,12 +24,12 @@ def test_everything_else_is_the_same(make_tiny, ablation):
 
 def test_parameters_of_the_shipped_size(make_tiny):
     config = make_tiny("megalodon", model_dim=384, norm_num_groups=32, cema_ndim=8)
-    whole, without, layer_norm = (
+    whole, without, *others = (
         count_parameters(build_model(config.model_copy(update={"ablation": ablation})))
         for ablation in ("none", *ABLATIONS)
     )
     assert whole - without == config.num_layers * 384 * (4 * 8 + 2)  # a, d, 2 gamma; theta, omega
-    assert layer_norm == whole
+    assert others == [whole, whole]
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def test_pieces_and_padded_rows_equal_the_whole(make_tiny, ablation):
     assert cache.lengths.tolist() == [37, 37]
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", ["no_cema", "layer_norm"])
 def test_what_is_left_out_has_no_say(make_tiny, ablation):
     """Without the average, nothing passes a chunk's border but the norm's statistics; with
     LayerNorm, nothing but the average; with neither, nothing at all."""
@@ -72,6 +72,18 @@ def test_what_is_left_out_has_no_say(make_tiny, ablation):
             layer.cema.alpha.data.fill_(-100.0)  # nothing gets into the state
     model.model.final_norm = LayerNormInstead(model.config)
     assert not reaches()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("ablation", "stays"), [("none", False), ("one_hop", True)])
+def test_with_one_hop_alone_what_the_first_brings_stays_in_the_stream(make_tiny, ablation, stays):
+    model = build_model(make_tiny("megalodon", ablation=ablation)).eval()
+    text = torch.randint(256, (1, 20))
+    for layer in model.model.layers:
+        for parameter in layer.ffn.parameters():
+            parameter.zero_()
+    first, last = model(text, output_hidden_states=True).hidden_states[:2]
+    assert torch.equal(first, last) is not stays
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
