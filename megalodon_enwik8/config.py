@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from megalodon_enwik8.safety import UserError
 
@@ -38,7 +47,7 @@ _megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
 _llama = partial(Field, json_schema_extra={"model": "llama"})
 
 # Keys that leave the course of the weights alone: a resumed run may change them, and runs that
-# differ in nothing else are of one group. Which text it is is told by its checksum, and how the
+# differ in nothing else are of one group. Which text it is is told by name and checksum, and how the
 # sequences of a step are split by their product.
 FREE_KEYS = frozenset(
     {
@@ -61,7 +70,8 @@ class ExperimentConfig(BaseModel):
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
-    run_dir: PathText  # load_config: runs/<name of the file>
+    # load_config: runs/<name of the file>
+    run_dir: Annotated[PathText, AfterValidator(os.path.expanduser)]
     model: Literal["megalodon", "llama"] = "llama"
 
     # Both models

@@ -249,6 +249,10 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
     )
     text: Bytes = getattr(corpus, options.split)
     how = _how_to_read(options, config, len(text))
+    label = "-".join(f"{name}{value}" for name, value in how.items())
+    name = f"{path.stem}-{corpus.name}-{options.split}-{label}.json"
+    out = Path(options.out) if options.out else path.with_name(name)
+    out.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     score_text: Callable[..., Score] = score_streams if options.stream else score_windows
     shared = {"use_autocast": config.use_autocast, "progress": world.is_main, "world": world}
@@ -277,9 +281,6 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
         "torch": str(torch.__version__),
     }
     print(yaml.safe_dump(result, sort_keys=False, default_flow_style=None, width=200))
-    label = "-".join(f"{name}{value}" for name, value in how.items())
-    name = f"{path.stem}-{corpus.name}-{options.split}-{label}.json"
-    out = Path(options.out) if options.out else path.with_name(name)
     if world.is_main:
         with atomic_write(out) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())

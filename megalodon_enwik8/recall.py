@@ -12,7 +12,6 @@ optimizer; a model that lacks it takes no part. All in float32.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from megalodon_enwik8.config import (
 from megalodon_enwik8.device import choose_device, device_name
 from megalodon_enwik8.models import build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import Parser, UserError, run_main, whole_number
-from megalodon_enwik8.search import read_results
+from megalodon_enwik8.search import read_results, write_results
 from megalodon_enwik8.training import derive_seed, make_optimizer
 
 KEYS, VALUES, OTHERS = 16, 16, 128  # token ids, in this order
@@ -132,6 +131,8 @@ def probe(
         raise UserError(f"command line: {min(refused)}: is not for the probe; leave it out")
     device = choose_device()
     models = [model for model in SIZES if all(has_key(model, key) for key in given)]
+    if not models:
+        raise UserError(f"command line: no model has {' and '.join(given)}: give one model's keys")
     configs = [
         config_of(model, rate, seed, steps, given)
         for seed in seeds
@@ -155,8 +156,8 @@ def probe(
             "device": device_name(device),
             "torch": torch.__version__,
         }
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        write_results(out, rows)
         said = ", ".join(f"{gap}: {share:.2f}" for gap, share in row["accuracy"].items())
         told = f"{config.model}, {config.learning_rate:g}, seed {config.seed}"
         print(f"{told}: right after a gap of {said}", flush=True)
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=count, default=[7, 8, 9], help="(7 8 9)")
     parser.add_argument("--steps", type=count, default=800, help="(%(default)s)")
     parser.add_argument("--sequences", type=count, default=64, help="in a step (%(default)s)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     given = read_overrides(options.settings)
     probe(Path(options.out), options.seeds, options.steps, options.sequences, given)
     return 0

@@ -125,7 +125,7 @@ class RunFolder:
                     "steps before; the rest is lost",
                     file=sys.stderr,
                 )
-            with contextlib.suppress(OSError, ValueError, LookupError):  # it tells, no more
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it only tells
                 told = json.loads(before.with_name("environment.json").read_text(encoding="utf-8"))
                 environment["sessions"] = [*told["sessions"], *environment["sessions"]]
         for name, text in (

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megalodon_enwik8.config import ExperimentConfig, has_key, make_config, read_yaml
-from megalodon_enwik8.safety import Parser, UserError, run_main
+from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main
 
 Settings = dict[str, Any]
 
@@ -30,7 +30,8 @@ class Plan(BaseModel):
 
     base: dict[str, str] = Field(min_length=1)  # a model's config file
     start: Settings = Field(alias="with")  # what all runs set besides, until a round finds better
-    rounds: list[dict[str, list[Any]]] = Field(min_length=1)  # in each: a key and its values
+    # In each: a key and its values
+    rounds: list[dict[str, Annotated[list[Any], Field(min_length=1)]]] = Field(min_length=1)
 
     def tries(self, model: str) -> list[tuple[str, list[Any]]]:
         """The key of each round that the model has, and its values."""
@@ -45,6 +46,8 @@ class Plan(BaseModel):
         """Of one run, in a folder that is called after what the rounds try."""
         values = {**read_yaml(self.base[model]), **settings, "run_dir": str(folder)}
         config = make_config(values, f"{self.base[model]}, as the search sets it")
+        if config.model != model:
+            raise UserError(f"{self.base[model]}: is of a {config.model}; base has it as {model}")
         tried = sorted({key for key, _ in self.tries(model)})
         name = "_".join([model, *(str(getattr(config, key)) for key in tried)])
         return config.model_copy(update={"run_dir": str(folder / name)})
@@ -54,7 +57,7 @@ def read_plan(path: str) -> Plan:
     """Raises UserError for one that does not give each model the same number of tries, or asks for
     a run that cannot be."""
     try:
-        plan = Plan(**read_yaml(path))
+        plan = Plan.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -79,10 +82,21 @@ def read_plan(path: str) -> Plan:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none where there is none; without one that a full disk cut off."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        *whole, last = path.read_text().split("\n") if path.exists() else [""]
+        rows = [json.loads(line) for line in whole]
+        if not all(isinstance(row, dict) for row in rows) or not last.startswith("{"[: len(last)]):
+            raise ValueError
     except ValueError:
         raise UserError(f"{path}: is not what this writes; name another file") from None
+    return rows
+
+
+def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each row."""
+    with atomic_write(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def search(plan: Plan, out: Path, folder: Path) -> int:
@@ -109,8 +123,7 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
                         return code
                     row = {**wanted, **read_losses(Path(config.run_dir))}
                     results.append(row)
-                    with out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    write_results(out, results)
                     shutil.rmtree(config.run_dir)
                 losses.append(row["val_loss"])
             best[model][key] = values[losses.index(min(losses))]

@@ -35,7 +35,7 @@ from megalodon_enwik8.benchmark.task import (
     measure,
     measure_apart,
 )
-from megalodon_enwik8.config import MODELS, read_overrides
+from megalodon_enwik8.config import FREE_KEYS, MODELS, read_overrides
 from megalodon_enwik8.distributed import join
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main, whole_number
 
@@ -46,6 +46,7 @@ SHARED: Grid = {  # the comparison's
     "step_bytes": 16 * 512, "seq_len": 512, "chunk_size": 256, "batch_size": 16,
     "use_autocast": True, "compile": False,
 }  # fmt: skip
+OF_A_STEP = {"batch_size", "compile", "gradient_checkpointing"}  # of the keys that change no weight
 CONTEXTS = [512 * 2**i for i in range(9)]  # 512 ... 131,072; beyond, a Llama takes for ever
 COMMANDS: dict[str, dict[str, Grid]] = {  # by the kind of a row
     "train": {"steps": {"batch_size": [1, 4, 16], "compile": [False, True]}},
@@ -82,8 +83,10 @@ def plan(command: str, given: Grid, rounds: int) -> Iterator[tuple[dict[str, Any
 
 def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict[str, Any]:
     """Fill row after row, and write the file anew each time, so that nothing is lost."""
-    if fixed := given.keys() & {"model", "run_dir", "grad_accum_every", "chunk_parallel"}:
-        raise UserError(f"command line: {min(fixed)}: the benchmark sets it; leave it out")
+    if fixed := given.keys() & ({"model", "num_batches"} | FREE_KEYS - OF_A_STEP):
+        raise UserError(
+            f"command line: {min(fixed)}: the benchmark sets it or does without; leave it out"
+        )
     rows = list(plan(command, given, rounds))
     for task in (task for _, tasks in rows for task in tasks):
         for model in MODELS if task.model == BOTH else (task.model,):
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "give up a measurement after so many seconds (%(default)s)"
     parser.add_argument("--limit", type=count, default=900, help=text)
     parser.add_argument("--out", metavar="FILE", help="(runs/benchmark/COMMAND.json)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.command == "task":  # what a fresh process is asked for
         with join(machine.choose_device()):
             print(json.dumps(measure(Task(**json.loads(options.settings[0])))))

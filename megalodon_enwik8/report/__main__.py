@@ -66,7 +66,8 @@ def read_argument(kind: str, text: str, root: Path) -> Any:
     if kind == "runs":
         return find_groups(text.split(), root)
     found: list[Any] = []
-    for path in (root / name for pattern in text.split() for name in match(pattern, root)):
+    patterns = text.split() if kind == "files" else [text]
+    for path in (root / name for pattern in patterns for name in match(pattern, root)):
         content = path.read_text(encoding="utf-8", errors="replace")
         # Whole lines end in a newline; another may be on its way.
         parts = content.split("\n")[:-1] if path.suffix == ".jsonl" else [content]
@@ -74,6 +75,8 @@ def read_argument(kind: str, text: str, root: Path) -> Any:
             found += [json.loads(part) for part in parts]
         except ValueError:
             raise UserError(f"{path}: is not JSON") from None
+    if not found:
+        raise UserError(f"{text}: is empty")
     return found if kind == "files" else found[0]
 
 
@@ -158,10 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timing", metavar="FILE", help="of `benchmark train`: seconds, memory")
     parser.add_argument("--fill", nargs="+", type=Path, metavar="PAGE")
     parser.add_argument("--check", nargs="+", type=Path, metavar="PAGE")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if sum(map(bool, (options.runs, options.fill, options.check))) != 1:
         parser.error("name run folders, or pages after --fill or --check")
     if not options.runs:
+        if options.picture or options.timing:
+            parser.error("--picture and --timing go with run folders, not with pages")
         fill(options.fill or options.check, check=bool(options.check))
         return 0
     if options.picture:

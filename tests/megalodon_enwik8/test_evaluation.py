@@ -103,8 +103,10 @@ def test_what_the_evaluation_refuses_is_one_line(trained, tmp_path, capfd):
     }
     for arguments, line in cases.items():
         assert line in refused(capfd, main, *arguments), arguments
-    assert run(main, megalodon, "--out", tmp_path / "no" / "x.json") == 2
-    assert "No such file or directory" in capfd.readouterr().err
+    assert run(main, megalodon, "--out", tmp_path / "two" / "x.json") == 2  # a file, no folder
+    said = capfd.readouterr()
+    assert "Not a directory" in said.err or "File exists" in said.err
+    assert "bpc" not in said.out  # known before the text was read
 
 
 @pytest.mark.slow  # reads 11 MB

@@ -65,6 +65,8 @@ def test_a_key_is_for_the_models_that_have_it(tmp_path, monkeypatch):
     assert rows[0]["given"] == {"norm_num_groups": 8}
     with pytest.raises(UserError, match="command line: norm_num_group: unknown key"):
         recall.main([str(out), "norm_num_group=8"])
+    with pytest.raises(UserError, match="command line: no model has dim and z_dim: give one"):
+        recall.main([str(out), "--steps", "1", "dim=64", "z_dim=64"])
 
 
 @pytest.mark.parametrize("key", ["use_autocast=true", "compile=true", "chunk_size=16", "seed=1"])

@@ -311,6 +311,7 @@ def test_lost_metrics_are_said_and_do_not_stop_the_run(make_tiny, capsys, damage
     assert train(config) == 0
     metrics = Path(config.run_dir) / "metrics.jsonl"
     metrics.write_bytes(damaged)
+    metrics.with_name("environment.json").write_text('{"sessions": null}')
     assert train(config, resume=NEWEST) == 0
     assert "tells of 1 of the 6 steps before" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(metrics)] == [0, 6]

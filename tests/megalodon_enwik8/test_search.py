@@ -56,10 +56,12 @@ def test_each_model_gets_the_same_tries_and_each_round_starts_from_the_best(make
         assert set(mine[0]["curve"]) == {"0", "2"}
 
 
-def test_a_search_that_was_stopped_goes_on(make_plan, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut", [0, 40, -1])
+def test_a_search_that_was_stopped_goes_on(make_plan, tmp_path, monkeypatch, cut):
+    """Also where a full disk had cut its last line off."""
     whole = run(make_plan(), tmp_path)
     lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "out.jsonl").write_text("".join(lines[:3]))
+    (tmp_path / "out.jsonl").write_text("".join(lines[:3]) + lines[3][:cut])
     trained = []
     train = training.train
     monkeypatch.setattr(
@@ -80,6 +82,7 @@ def test_a_search_that_was_stopped_goes_on(make_plan, tmp_path, monkeypatch):
         ({"rounds": [{"beta2": [0.9], "seed": [1]}]}, "have [[1, 1], [1, 1]] values"),
         ({"rounds": [{"beta2": [0.9, 1.5]}]}, "as the search sets it: beta2=1.5: Input should be"),
         ({"rounds": []}, "rounds: List should have at least 1 item"),
+        ({"rounds": [{"beta2": []}]}, "rounds.0.beta2: List should have at least 1 item"),
         ({"base": {}}, "base: Dictionary should have at least 1 item"),
         ({"steps": 3}, "steps: Extra inputs are not permitted"),
         (
@@ -95,6 +98,15 @@ def test_a_plan_that_is_none_is_refused(make_plan, tmp_path, changes, line):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_model_is_not_searched_under_the_others_name(make_plan, tmp_path):
+    path = Path(make_plan())
+    plan = json.loads(path.read_text())
+    plan["base"]["llama"] = plan["base"]["megalodon"]
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=r"\.yaml: is of a megalodon; base has it as llama"):
+        run(str(path), tmp_path)
+
+
 def test_the_committed_plans_are_some_and_their_runs_are_of_them():
     paths = [*(Path(__file__).parents[2] / "results").glob("search*.yaml")]
     assert len(paths) == 3
@@ -103,8 +115,9 @@ def test_the_committed_plans_are_some_and_their_runs_are_of_them():
         assert all([*row["settings"]] == plan.set_keys(row["model"]) for row in rows)
 
 
-def test_another_file_is_not_written_to(make_plan, tmp_path):
-    (tmp_path / "out.jsonl").write_text("my notes\n")
+@pytest.mark.parametrize("text", ["my notes\n", "my notes", "5\n"])
+def test_another_file_is_not_written_to(make_plan, tmp_path, text):
+    (tmp_path / "out.jsonl").write_text(text)
     with pytest.raises(UserError, match="is not what this writes; name"):
         run(make_plan(), tmp_path)
-    assert (tmp_path / "out.jsonl").read_text() == "my notes\n"
+    assert (tmp_path / "out.jsonl").read_text() == text

@@ -1,6 +1,7 @@
 """Run folders are read as they were written, grouped by what was set, and refused by name."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,7 @@ def damage(folder, name, change):
             "damaged: KeyError: 'model'",
         ),
         (lambda run: damage(run, "config.yaml", lambda c: c.update(batch_size="x")), "damaged"),
+        (lambda run: damage(run, "config.yaml", lambda c: c.update(d=date(2020, 1, 1))), "damaged"),
         (lambda run: (run / "environment.json").write_bytes(b"\xff\x00"), "damaged"),
         (lambda run: damage(run, "environment.json", lambda e: e.pop("corpus")), "'corpus'"),
         (lambda run: damage(run, "environment.json", lambda e: e.update(sessions=[3])), "damaged"),
@@ -172,9 +174,14 @@ def test_what_is_not_there_is_refused_in_a_line(tmp_path, capfd):
     assert "file: no such run folder" in refused(capfd, main, tmp_path / "file")
     assert "name run folders, or pages" in refused(capfd, main)
     for number, text in enumerate(("[]", '{"device": "x"}')):
-        (tmp_path / "timing.json").write_text(text)
-        given = (make_run(tmp_path / f"run{number}"), "--timing", tmp_path / "timing.json")
+        (tmp_path / "a timing.json").write_text(text)
+        given = (make_run(tmp_path / f"run{number}"), "--timing", tmp_path / "a timing.json")
         assert f"run{number}: the benchmark has no such step" in refused(capfd, main, *given)
+    (tmp_path / "x.jsonl").touch()
+    given = (tmp_path / "run0", "--timing", tmp_path / "x.jsonl")
+    assert "x.jsonl: is empty" in refused(capfd, main, *given)
+    given = ("--check", tmp_path / "page.md", *given[1:])
+    assert "--picture and --timing go with run folders" in refused(capfd, main, *given)
 
 
 def test_committed_runs_can_be_made_again():
