@@ -47,8 +47,8 @@ _megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
 _llama = partial(Field, json_schema_extra={"model": "llama"})
 
 # Keys that leave the course of the weights alone: a resumed run may change them, and runs that
-# differ in nothing else are of one group. Which text it is is told by name and checksum, and how the
-# sequences of a step are split by their product.
+# differ in nothing else are of one group. Which text it is is told by name and checksum, and how
+# the sequences of a step are split by their product.
 FREE_KEYS = frozenset(
     {
         "run_dir", "data_path", "data_bytes", "batch_size", "grad_accum_every", "compile",
