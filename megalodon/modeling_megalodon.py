@@ -364,6 +364,9 @@ class MegalodonModel(MegalodonPreTrainedModel):
             head_dim = config.z_dim // config.num_heads
             with torch.inference_mode(False):  # later calls may be in training
                 table = rotary_table(config.chunk_size, head_dim, config.rope_base, device)
+            traced = torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+            if traced or type(table) is not Tensor:  # of no use to later calls
+                return table
             self._rotary_tables[device] = table
         return self._rotary_tables[device]
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 
 from megalodon import MegalodonCache
 from megalodon.ops import chunk_attention
@@ -99,3 +100,18 @@ def test_a_compiled_layer_keeps_what_attention_gives_but_not_what_it_takes(monke
     kept, config = kept_by_a_compiled_layer()
     size = config.value_dim // config.num_heads
     assert kept.count((2, config.num_heads, CHUNK, size)) == 1
+
+
+def test_what_was_compiled_or_traced_for_reading_is_of_no_harm_to_later_calls():
+    ids = torch.randint(0, 256, (2, CHUNK + 3))
+    expected = tiny_model()(ids).logits
+    model = tiny_model()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model(fake.from_tensor(ids), use_cache=False)
+    assert torch.equal(model(ids).logits, expected)
+    model = tiny_model(num_layers=1)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.inference_mode():
+        compiled(ids, use_cache=False)
+    compiled.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
