@@ -224,3 +224,8 @@ def test_learning_rate_rises_then_stays_or_falls():
     assert rates(warmup_steps=8, schedule="cosine") == [k / 8 for k in range(1, 9)]
     floor = [0.2 + 0.8 * rate for rate in half_wave]
     assert rates(warmup_steps=4, schedule="cosine", min_lr=0.2)[4:] == pytest.approx(floor)
+
+
+def test_a_run_folder_in_the_home_folder_is_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert make_config({"run_dir": "~/runs/x"}, "x").run_dir == "/home/someone/runs/x"
