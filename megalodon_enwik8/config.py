@@ -42,6 +42,12 @@ PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, E
 
 MODELS = ("megalodon", "llama")  # in the order of tables
 
+# What a model can be built without, or with in its place: see models.ablate.
+ABLATIONS = {
+    "megalodon": ("no_cema", "layer_norm", "one_hop", "sharp_scores"),
+    "llama": ("two_hop",),
+}
+
 # Keys that only one of the models has.
 _megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
 _llama = partial(Field, json_schema_extra={"model": "llama"})
@@ -78,6 +84,7 @@ class ExperimentConfig(BaseModel):
     num_tokens: Annotated[int, Field(ge=256, le=2**20)] = 256  # vocabulary
     rope_base: Annotated[float, Field(gt=1), _null_is(10_000.0)] = 10_000.0
     attention_dropout: Probability = 0.0
+    ablation: str = "none"  # for comparison: of ABLATIONS, several joined by +
 
     # Megalodon: the symbols of the paper stand behind the keys
     model_dim: Width = _megalodon(384)  # D
@@ -98,8 +105,6 @@ class ExperimentConfig(BaseModel):
     init_mode: Literal["he", "xavier", "bert", "gaussian", "none", "fan_in"] = _megalodon("he")
     hidden_dropout: Probability = _megalodon(0.0)
     dropout: Probability = _megalodon(0.0)
-    # For comparison: see models.NoCEMA, LayerNormInstead and OneHopBlock
-    ablation: Literal["none", "no_cema", "layer_norm", "one_hop"] = _megalodon("none")
 
     # Llama
     dim: Width = _llama(384)
@@ -168,6 +173,13 @@ class ExperimentConfig(BaseModel):
                     f"{name}={getattr(self, name)}: is a key of model: {owner}, but this is "
                     f"model: {self.model}; remove the key or change the model"
                 )
+        known = ABLATIONS[self.model]
+        wanted = self.ablation.split("+")
+        if self.ablation != "none" and wanted != [name for name in known if name in wanted]:
+            raise ValueError(
+                f"ablation={self.ablation}: must be none or, of a {self.model}, one of "
+                f"{', '.join(known)}, or several in this order, joined by +"
+            )
         parts = self.chunk_parallel
         if parts > 1 and (self.model == "llama" or self.seq_len % (parts * self.chunk_size)):
             raise ValueError(

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from megalodon import MegalodonCache, MegalodonConfig, MegalodonForCausalLM
 from megalodon.layout import Layout
@@ -46,13 +48,14 @@ def draw_model(config: ExperimentConfig) -> PreTrainedModel:
         model = build(config)
     except (ValueError, StrictDataclassError) as error:  # which wraps what a config's check says
         raise UserError(f"model={config.model}: {error.__cause__ or error}") from error
+    ablate(model, config.ablation.split("+"))
     return model
 
 
 def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
     """The library's Megalodon: its own keys have their names there."""
     keys = [key for key in type(config).model_fields if model_of_key(key) == "megalodon"]
-    values: dict[str, Any] = {key: getattr(config, key) for key in keys if key != "ablation"}
+    values: dict[str, Any] = {key: getattr(config, key) for key in keys}
     if config.init_mode == "fan_in":
         values["init_mode"] = "he"
     model = MegalodonForCausalLM(
@@ -66,15 +69,6 @@ def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
     )
     if config.init_mode == "fan_in":
         draw_by_fan_in(model, config.num_layers, outputs=("wh1", "wh2", "w2"))
-    for layer in model.model.layers:
-        if config.ablation == "no_cema":
-            layer.cema = NoCEMA(model.config)
-        elif config.ablation == "layer_norm":
-            layer.timestep_norm = LayerNormInstead(model.config)
-        elif config.ablation == "one_hop":
-            layer.__class__ = OneHopBlock
-    if config.ablation == "layer_norm":
-        model.model.final_norm = LayerNormInstead(model.config)
     return model
 
 
@@ -124,8 +118,33 @@ def draw_by_fan_in(model: nn.Module, layers: int, outputs: tuple[str, ...]) -> N
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
 
 
+def ablate(model: PreTrainedModel, ablations: Sequence[str]) -> None:
+    """Change the model as `ablation` says, in place.
+
+    `sharp_scores`: queries and keys start so long that scores are cosines times sqrt(d), for heads
+    of size d, as a Transformer's with normalised queries and keys (Henry et al. 2020, arXiv
+    2010.04245, section 3). A Megalodon's start as cosines, over which a softmax is nearly a mean.
+    """
+    layers: list[Any] = decoder_layers(model)
+    config: Any = model.config
+    for layer in layers:
+        if "no_cema" in ablations:
+            layer.cema = NoCEMA(config)
+        if "layer_norm" in ablations:
+            layer.timestep_norm = LayerNormInstead(config)
+        if "one_hop" in ablations:
+            layer.__class__ = OneHopBlock
+        if "sharp_scores" in ablations:
+            head_dim = config.z_dim // config.num_heads
+            nn.init.constant_(layer.query_key.gamma, head_dim**0.25 - 1)  # stored minus one
+        if "two_hop" in ablations:
+            layer.__class__ = TwoHopLayer
+    if "layer_norm" in ablations:
+        model.model.final_norm = LayerNormInstead(config)
+
+
 class NoCEMA(nn.Module):
-    """`ablation: no_cema`: in the place of a MegalodonCEMA, hands its input on."""
+    """`no_cema`: in the place of a MegalodonCEMA, hands its input on."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -140,8 +159,8 @@ class NoCEMA(nn.Module):
 
 
 class LayerNormInstead(MegalodonLayerNorm):
-    """`ablation: layer_norm`: in the place of a MegalodonTimestepNorm, with parameters of the same
-    shapes, normalises over the channels of one step alone. Its state only counts."""
+    """`layer_norm`: in the place of a MegalodonTimestepNorm, with parameters of the same shapes,
+    normalises over the channels of one step alone. Its state only counts."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
@@ -159,13 +178,24 @@ class LayerNormInstead(MegalodonLayerNorm):
 
 
 class OneHopBlock(MegalodonBlock):
-    """`ablation: one_hop`: what the first hop brings stays in the stream, as what a Transformer's
-    attention brings does; a Megalodon's gets there through the feed-forward network alone."""
+    """`one_hop`: what the first hop brings stays in the stream, as what a Transformer's attention
+    brings does; a Megalodon's gets there through the feed-forward network alone."""
 
     def second_hop(
         self, x: torch.Tensor, y: torch.Tensor, hidden: float, branch: float
     ) -> torch.Tensor:
         return super().second_hop(y, y, hidden, branch)
+
+
+class TwoHopLayer(LlamaDecoderLayer):
+    """`two_hop`: what attention brings gets into the stream through the feed-forward network alone,
+    as a Megalodon's does."""
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+        x = hidden_states
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(x), **given)
+        made: torch.Tensor = self.mlp(self.post_attention_layernorm(x + attended))
+        return x + made
 
 
 def restore_model(checkpoint: Checkpoint, device: torch.device | None = None) -> PreTrainedModel:

@@ -223,7 +223,7 @@ def test_graphs_train_as_layers_without_them(make_tiny, model_name):
     assert losses("graphs") == pytest.approx(losses(False), abs=1e-4)
 
 
-@pytest.mark.parametrize("ablation", ["none", "no_cema", "layer_norm", "one_hop"])
+@pytest.mark.parametrize("ablation", ["none", "no_cema", "layer_norm", "one_hop+sharp_scores"])
 def test_a_layer_is_one_graph_with_the_attention_that_a_gpu_takes(make_tiny, monkeypatch, ablation):
     monkeypatch.setattr(chunk_attention, "SCORES_LIMIT", 0)
     model = build_model(make_tiny("megalodon", ablation=ablation)).train()

@@ -9,7 +9,7 @@ from megalodon_enwik8.export import main as export
 from megalodon_enwik8.models import LayerNormInstead, build_model, byte_losses, count_parameters
 from megalodon_enwik8.safety import UserError
 
-ABLATIONS = ["no_cema", "layer_norm", "one_hop"]
+ABLATIONS = ["no_cema", "layer_norm", "one_hop", "layer_norm+one_hop+sharp_scores"]
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -19,7 +19,9 @@ def test_everything_else_is_the_same(make_tiny, ablation):
     left_out = {name for name in whole if ".cema." in name} if ablation == "no_cema" else set()
     assert whole.keys() - part.keys() == left_out
     assert part.keys() <= whole.keys()
-    assert all(torch.equal(part[name], whole[name]) for name in part)
+    changed = {name for name in part if not torch.equal(part[name], whole[name])}
+    sharp = {name for name in part if name.endswith("query_key.gamma")}
+    assert changed == (sharp if "sharp_scores" in ablation else set())
 
 
 def test_parameters_of_the_shipped_size(make_tiny):
@@ -29,7 +31,7 @@ def test_parameters_of_the_shipped_size(make_tiny):
         for ablation in ("none", *ABLATIONS)
     )
     assert whole - without == config.num_layers * 384 * (4 * 8 + 2)  # a, d, 2 gamma; theta, omega
-    assert others == [whole, whole]
+    assert others == [whole] * 3
 
 
 @torch.no_grad()
@@ -75,20 +77,44 @@ def test_what_is_left_out_has_no_say(make_tiny, ablation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("ablation", "stays"), [("none", False), ("one_hop", True)])
-def test_with_one_hop_alone_what_the_first_brings_stays_in_the_stream(make_tiny, ablation, stays):
-    model = build_model(make_tiny("megalodon", ablation=ablation)).eval()
+@pytest.mark.parametrize(
+    ("name", "ablation", "stays"),
+    [
+        ("megalodon", "none", False),
+        ("megalodon", "one_hop", True),
+        ("llama", "none", True),
+        ("llama", "two_hop", False),
+    ],
+)
+def test_with_one_hop_alone_what_the_first_brings_stays_in_the_stream(
+    make_tiny, name, ablation, stays
+):
+    model = build_model(make_tiny(name, ablation=ablation)).eval()
     text = torch.randint(256, (1, 20))
     for layer in model.model.layers:
-        for parameter in layer.ffn.parameters():
+        for parameter in (layer.ffn if name == "megalodon" else layer.mlp).parameters():
             parameter.zero_()
     first, last = model(text, output_hidden_states=True).hidden_states[:2]
     assert torch.equal(first, last) is not stays
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_weight_is_trained(make_tiny, ablation):
-    model = build_model(make_tiny("megalodon", ablation=ablation))
+@torch.no_grad()
+def test_sharp_scores_start_as_cosines_times_the_root_of_the_head_size(make_tiny):
+    model = build_model(make_tiny("megalodon", ablation="sharp_scores", z_dim=32, num_heads=2))
+    query_key = model.model.layers[0].query_key
+    z = torch.randn(1, 7, 32)
+    q, k = query_key(z, model.model._rotary(z.device)[:7])
+    heads = torch.nn.functional.normalize(z.unflatten(-1, (2, 16)), dim=-1)
+    own = (q * k).sum(-1)  # of a step with itself, which no rotation changes
+    torch.testing.assert_close(own, heads.square().sum(-1) * 16**0.5, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "ablation"),
+    [*(("megalodon", ablation) for ablation in ABLATIONS), ("llama", "two_hop")],
+)
+def test_every_weight_is_trained(make_tiny, name, ablation):
+    model = build_model(make_tiny(name, ablation=ablation))
     byte_losses(model, torch.randint(256, (2, 25))).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
