@@ -18,6 +18,9 @@ from .segments import Segments, gather_slots, scatter_slots
 SCORES_LIMIT = 512
 """On a CPU, the chunk size up to which whole score matrices beat the fused kernel."""
 
+FLASH_LIMIT = 256
+"""The largest head that PyTorch's flash attention takes."""
+
 
 class AttentionState(NamedTuple):
     """Keys (B, C, H, Z/H) and values (B, C, H, E/H) of the current chunk, filled from slot 0.
@@ -140,13 +143,14 @@ def whole_scores(x: Tensor, keys: int, fused: bool) -> bool:
 
 
 def of_one_size(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (..., d), or v (..., e), with heads filled up to one size on a CPU, whose fused
-    kernel takes no others: zeros change no score. A GPU's fused kernels take them as they are."""
+    """q, k and v (..., d), or v (..., e), with heads filled up to one size, which PyTorch's flash
+    attention wants, where it takes that size at all: zeros change no score."""
     own, size = q.shape[-1], v.shape[-1]
-    if q.device.type == "cpu" and own < size:
-        q, k = F.pad(q, (0, size - own)), F.pad(k, (0, size - own))
-    elif q.device.type == "cpu" and size < own:
-        v = F.pad(v, (0, own - size))
+    if max(own, size) <= FLASH_LIMIT:
+        if own < size:
+            q, k = F.pad(q, (0, size - own)), F.pad(k, (0, size - own))
+        elif size < own:
+            v = F.pad(v, (0, own - size))
     return q, k, v
 
 
