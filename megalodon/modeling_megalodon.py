@@ -142,8 +142,9 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     ]
 
     def __init__(self, config: MegalodonConfig, *inputs: Any, **kwargs: Any) -> None:
-        # from_pretrained(dtype=...) and from_config(dtype=...) put the type they want there.
+        # from_pretrained and from_config put there what they are told, checked or not.
         _refuse_float16(config.dtype)
+        config.validate_architecture()
         super().__init__(config, *inputs, **kwargs)
 
     def set_time_group(self, group: TimeGroup | None) -> None:

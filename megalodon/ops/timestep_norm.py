@@ -127,7 +127,7 @@ def timestep_norm(
             no segments. ``None``: x is all of it.
 
     Returns:
-        y (B, L, D), and the state after the last step or ``None``.
+        y (B, L, D), 0 at padding, and the state after the last step or ``None``.
     """
     dtype = dtype or x.dtype
     single = x.shape[1] == 1 and segments is None and time is None
@@ -147,6 +147,8 @@ def timestep_norm(
         y, mean, var = _norm(*given)[:3]
     else:
         y, mean, var = _TimestepNorm.apply(*given)
+    if segments is not None:  # padding before all text has no variance to be divided by
+        y = y.masked_fill(~segments.mask.unsqueeze(-1), 0.0)
     if not return_state:
         return y, None
     if segments is None:

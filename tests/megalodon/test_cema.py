@@ -105,6 +105,19 @@ def test_autograd_meets_no_complex_tensor():
     assert not any(isinstance(t, Tensor) and t.is_complex() for t in seen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_that_rounds_to_zero_keeps_outputs_and_gradients_finite(dtype):
+    alpha = torch.tensor([[50.0, 17.0]], dtype=dtype, requires_grad=True)
+    theta, gamma = torch.zeros(1, dtype=dtype), torch.ones(1, 2, 2, dtype=dtype)
+    c = cema_coefficients(alpha, alpha.detach(), theta, gamma, theta)
+    x = torch.randn(1, 40, 1, dtype=dtype)
+    y = cema(x, c)[0]
+    torch.testing.assert_close(y, x * 2**0.5, rtol=1e-5, atol=1e-5)  # of each step itself alone
+    y.sum().backward()
+    assert alpha.grad is not None
+    assert alpha.grad.isfinite().all()
+
+
 def test_angles_stay_exact_over_a_long_text():
     """With almost no decay, an error in the phase would show after 100,000 steps."""
     order = 4

@@ -55,6 +55,7 @@ def test_padding_changes_no_logit(model, side, seed):
     for i, row in enumerate(rows):
         alone = model(row[None]).logits[0]
         torch.testing.assert_close(logits[i, mask[i].bool()], alone, rtol=0, atol=1e-5)
+    assert not logits[~mask.bool()].any()
 
 
 @torch.no_grad()

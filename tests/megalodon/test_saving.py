@@ -163,6 +163,12 @@ def test_float16_is_refused_wherever_it_is_asked_for(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "short", dtype=torch.float32)
 
 
+def test_what_is_said_while_loading_is_checked_as_a_config_is(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="chunk_size=0: must be at least 1"):
+        MegalodonForCausalLM.from_pretrained(tmp_path, chunk_size=0)
+
+
 def test_parameters_missing_from_a_file_are_initialised_and_named(tmp_path):
     model = MegalodonForCausalLM(tiny_config(rescale_nffn=True))
     model.save_pretrained(tmp_path)
