@@ -227,7 +227,7 @@ def _adjoint(
 
     u = u.transpose(1, 2)
     grad = (
-        _toeplitz_adjoint(torch.bmm(u, back).to(dtype)),
+        _toeplitz_adjoint(torch.bmm(u, back), dtype),
         torch.bmm(u, left).to(dtype),
         torch.bmm(back.transpose(1, 2), entries).to(dtype),
     )
@@ -368,8 +368,9 @@ def toeplitz(kernel: Tensor) -> Tensor:
     return F.pad(kernel.t(), (size - 1, 0)).unfold(1, size, 1).flip(1)
 
 
-def _toeplitz_adjoint(grad: Tensor) -> Tensor:
-    """The adjoint of an upper Toeplitz matrix: (D, T, T) -> (D, T)."""
+def _toeplitz_adjoint(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The adjoint of an upper Toeplitz matrix: (D, T, T) -> (D, T), summed in `dtype`."""
     dim, size, _ = grad.shape
     shifted = F.pad(grad, (0, size))  # read with a row length of one more, they shift back
-    return shifted.as_strided((dim, size, size), (2 * size * size, 2 * size + 1, 1)).sum(1)
+    diagonals = shifted.as_strided((dim, size, size), (2 * size * size, 2 * size + 1, 1))
+    return diagonals.sum(1, dtype=dtype)
