@@ -108,8 +108,6 @@ class MegalodonConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:  # under its own name its type is checked
                 setattr(self, name, kwargs.pop(alias))
-        if cast(float | None, self.rope_base) is None:
-            self.rope_base = 10000.0
         local = f"attention stays inside chunks of chunk_size={self.chunk_size} tokens"
         output = f"the output has one for each of vocab_size={self.vocab_size} tokens"
         for name, served, reason in (
@@ -134,6 +132,8 @@ class MegalodonConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no Megalodon can have. Raises ValueError naming the key."""
+        if cast(float | None, self.rope_base) is None:
+            self.rope_base = 10000.0
         for key in SIZES:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")

@@ -232,7 +232,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
         Args:
             input_ids: (B, L) token ids, or `inputs_embeds` (B, L, D) in their place.
             attention_mask: (B, L), or (B, positions in the cache + L): 0 at padding, which may
-                stand anywhere. Padding changes nothing for the other tokens.
+                stand anywhere. Padding changes nothing for the other tokens; its own final
+                hidden states, and so logits, are 0.
             position_ids: (B, L); where they do not count on by one, a new document begins.
                 Their absolute value has no other meaning: Megalodon's only positions are those
                 inside a chunk.

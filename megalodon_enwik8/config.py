@@ -42,11 +42,8 @@ PathText = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # a NUL is in no path, E
 
 MODELS = ("megalodon", "llama")  # in the order of tables
 
-# What a model can be built without, or with in its place: see models.ablate.
-ABLATIONS = {
-    "megalodon": ("no_cema", "layer_norm", "one_hop", "sharp_scores"),
-    "llama": ("two_hop",),
-}
+# Changes to a Megalodon, for comparison: see models.ablate.
+ABLATIONS = ("no_cema", "layer_norm", "one_hop", "sharp_scores")
 
 # Keys that only one of the models has.
 _megalodon = partial(Field, json_schema_extra={"model": "megalodon"})
@@ -84,7 +81,6 @@ class ExperimentConfig(BaseModel):
     num_tokens: Annotated[int, Field(ge=256, le=2**20)] = 256  # vocabulary
     rope_base: Annotated[float, Field(gt=1), _null_is(10_000.0)] = 10_000.0
     attention_dropout: Probability = 0.0
-    ablation: str = "none"  # for comparison: of ABLATIONS, several joined by +
 
     # Megalodon: the symbols of the paper stand behind the keys
     model_dim: Width = _megalodon(384)  # D
@@ -105,6 +101,7 @@ class ExperimentConfig(BaseModel):
     init_mode: Literal["he", "xavier", "bert", "gaussian", "none", "fan_in"] = _megalodon("he")
     hidden_dropout: Probability = _megalodon(0.0)
     dropout: Probability = _megalodon(0.0)
+    ablation: str = _megalodon("none")  # of ABLATIONS, in that order, joined by +
 
     # Llama
     dim: Width = _llama(384)
@@ -116,6 +113,7 @@ class ExperimentConfig(BaseModel):
     ffn_dim_multiplier: Annotated[float, Field(gt=0, le=1000)] | None = _llama(None)
     flash_attn: bool = _llama(True)  # PyTorch's fused attention; false: the written-out one
     llama_init: Literal["transformers", "pytorch", "fan_in"] = _llama("transformers")
+    two_hop: bool = _llama(False)  # a Megalodon's residual, for comparison: see models.TwoHopLayer
 
     # Data
     data_path: PathText = "data/enwik8.gz"  # or `sample`, `code`, or any file
@@ -173,12 +171,11 @@ class ExperimentConfig(BaseModel):
                     f"{name}={getattr(self, name)}: is a key of model: {owner}, but this is "
                     f"model: {self.model}; remove the key or change the model"
                 )
-        known = ABLATIONS[self.model]
         wanted = self.ablation.split("+")
-        if self.ablation != "none" and wanted != [name for name in known if name in wanted]:
+        if self.ablation != "none" and wanted != [name for name in ABLATIONS if name in wanted]:
             raise ValueError(
-                f"ablation={self.ablation}: must be none or, of a {self.model}, one of "
-                f"{', '.join(known)}, or several in this order, joined by +"
+                f"ablation={self.ablation[:60]}: must be none, or one of "
+                f"{', '.join(ABLATIONS)}, or several of them in this order, joined by +"
             )
         parts = self.chunk_parallel
         if parts > 1 and (self.model == "llama" or self.seq_len % (parts * self.chunk_size)):

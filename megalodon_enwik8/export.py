@@ -132,11 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder.exists() and (held := next(folder.iterdir(), None)):
         raise UserError(f"{folder}: holds {held.name}: name a new or an empty folder")
     checkpoint = load_checkpoint(Path(options.checkpoint))
-    ablation = checkpoint.config.ablation
-    if ablation != "none":
+    config = checkpoint.config
+    if config.ablation != "none" or config.two_hop:
+        changed = "two_hop=True" if config.two_hop else f"ablation={config.ablation}"
         raise UserError(
-            f"{checkpoint.path}: trained with ablation={ablation}, for which the library "
-            "has no model; only whole Megalodons and Llamas are exported"
+            f"{checkpoint.path}: trained with {changed}, for which no library "
+            "has a model; only whole Megalodons and Llamas are exported"
         )
     model = restore_model(checkpoint)
     export_model(model, model_card(model, checkpoint), folder)

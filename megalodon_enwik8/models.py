@@ -48,14 +48,13 @@ def draw_model(config: ExperimentConfig) -> PreTrainedModel:
         model = build(config)
     except (ValueError, StrictDataclassError) as error:  # which wraps what a config's check says
         raise UserError(f"model={config.model}: {error.__cause__ or error}") from error
-    ablate(model, config.ablation.split("+"))
     return model
 
 
 def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
     """The library's Megalodon: its own keys have their names there."""
     keys = [key for key in type(config).model_fields if model_of_key(key) == "megalodon"]
-    values: dict[str, Any] = {key: getattr(config, key) for key in keys}
+    values: dict[str, Any] = {key: getattr(config, key) for key in keys if key != "ablation"}
     if config.init_mode == "fan_in":
         values["init_mode"] = "he"
     model = MegalodonForCausalLM(
@@ -69,6 +68,7 @@ def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
     )
     if config.init_mode == "fan_in":
         draw_by_fan_in(model, config.num_layers, outputs=("wh1", "wh2", "w2"))
+    ablate(model, config.ablation.split("+"))
     return model
 
 
@@ -102,6 +102,9 @@ def build_llama(config: ExperimentConfig) -> PreTrainedModel:
             tied = config.tied_embedding and module is model.lm_head
             if isinstance(module, nn.Linear) and not tied:
                 module.reset_parameters()
+    if config.two_hop:
+        for layer in decoder_layers(model):
+            layer.__class__ = TwoHopLayer
     return model
 
 
@@ -118,15 +121,15 @@ def draw_by_fan_in(model: nn.Module, layers: int, outputs: tuple[str, ...]) -> N
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
 
 
-def ablate(model: PreTrainedModel, ablations: Sequence[str]) -> None:
+def ablate(model: MegalodonForCausalLM, ablations: Sequence[str]) -> None:
     """Change the model as `ablation` says, in place.
 
     `sharp_scores`: queries and keys start so long that scores are cosines times sqrt(d), for heads
     of size d, as a Transformer's with normalised queries and keys (Henry et al. 2020, arXiv
     2010.04245, section 3). A Megalodon's start as cosines, over which a softmax is nearly a mean.
     """
+    config = model.config
     layers: list[Any] = decoder_layers(model)
-    config: Any = model.config
     for layer in layers:
         if "no_cema" in ablations:
             layer.cema = NoCEMA(config)
@@ -137,8 +140,6 @@ def ablate(model: PreTrainedModel, ablations: Sequence[str]) -> None:
         if "sharp_scores" in ablations:
             head_dim = config.z_dim // config.num_heads
             nn.init.constant_(layer.query_key.gamma, head_dim**0.25 - 1)  # stored minus one
-        if "two_hop" in ablations:
-            layer.__class__ = TwoHopLayer
     if "layer_norm" in ablations:
         model.model.final_norm = LayerNormInstead(config)
 
@@ -188,8 +189,8 @@ class OneHopBlock(MegalodonBlock):
 
 
 class TwoHopLayer(LlamaDecoderLayer):
-    """`two_hop`: what attention brings gets into the stream through the feed-forward network alone,
-    as a Megalodon's does."""
+    """`two_hop: true`: what attention brings gets into the stream through the feed-forward network
+    alone, as a Megalodon's does."""
 
     def forward(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
         x = hidden_states

@@ -47,7 +47,8 @@ def cema_coefficients(
     """
     dtype = wide_dtype(alpha)
     p = alpha.to(dtype).sigmoid()
-    most = 1 - torch.finfo(dtype).eps / 2  # so that rho, where both are 1, is not 0: log 0 times 0
+    # Within a rounding of 1, so that rho is not 0 where both sigmoids are 1: log 0 times 0.
+    most = 1 - torch.finfo(dtype).eps / 2
     log_rho = torch.log1p(p * delta.to(dtype).sigmoid() * -most)
     order = alpha.shape[1]
     turns = torch.linspace(1 / order, 1, order, dtype=dtype, device=alpha.device)

@@ -167,6 +167,8 @@ def test_what_is_said_while_loading_is_checked_as_a_config_is(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="chunk_size=0: must be at least 1"):
         MegalodonForCausalLM.from_pretrained(tmp_path, chunk_size=0)
+    loaded = MegalodonForCausalLM.from_pretrained(tmp_path, rope_base=None)
+    assert loaded.config.rope_base == 10_000
 
 
 def test_parameters_missing_from_a_file_are_initialised_and_named(tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from megalodon.ops.segments import Segments
 from megalodon.ops.timestep_norm import (
     TimestepNormState,
     initial_state,
@@ -77,6 +78,22 @@ def test_right_at_100_000_steps_with_a_large_mean(piece):
     # One float32 step at 100 is 7.6e-6, which the subtraction of the mean brings to the front.
     error = (torch.cat(outputs, dim=1).double() - wide).abs()
     assert error[:, 10:].max() < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_comes_out_of_padding_and_no_gradient_gets_there(dtype):
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :4], mask[1, 3:5] = False, False
+    border = torch.zeros(2, 9, dtype=torch.bool)
+    border[1, 6] = True
+    segments = Segments(mask, border, torch.zeros(2, dtype=torch.long), block=4, chunk=4)
+    x = torch.randn(2, 9, 12).to(dtype).requires_grad_()
+    y = timestep_norm(x, torch.randn(12), torch.randn(12), 3, segments=segments)[0]
+    y.backward(torch.randn_like(y))
+    assert x.grad is not None
+    for found in (y, x.grad):
+        assert not found[~mask].any()
+        assert found[mask].all()
 
 
 def test_steps_are_right_with_a_large_mean():

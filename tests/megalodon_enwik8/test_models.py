@@ -126,12 +126,15 @@ def test_flash_attn_changes_the_kernel_and_not_the_result(make_tiny):
     torch.testing.assert_close(fused(batch).logits, written_out(batch).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(make_tiny, model_name):
+@pytest.mark.parametrize(
+    ("model_name", "change"), [("megalodon", {}), ("llama", {}), ("llama", {"two_hop": True})]
+)
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(make_tiny, model_name, change):
     batch = torch.randint(256, (2, 25))
     gradients, products = [], []
     for enabled in (False, True):
         model = build_model(
-            make_tiny(model_name, gradient_checkpointing=enabled, attention_dropout=0.1)
+            make_tiny(model_name, gradient_checkpointing=enabled, attention_dropout=0.1, **change)
         ).train()
         torch.manual_seed(1)
         with FlopCounterMode(display=False) as counter:
