@@ -52,7 +52,7 @@ def block_matrices(
     reads = torch.view_as_complex(c.g) * powers
     # The kernel is what the readout makes of an input of one.
     kernel = (c.p * reads[:-1].real).sum(-1)
-    kernel[0] += c.omega
+    kernel[0].add_(c.omega)
     sides = powers.new_empty(2, *reads[1:].shape)
     torch.mul(c.p, powers[:-1].flip(0), out=sides[0])
     torch.conj_physical(reads[1:], out=sides[1])  # Re(read h) = <conj(read), h> as pairs

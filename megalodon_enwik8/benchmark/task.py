@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megalodon.compat import CACHE_NAME
-from megalodon.ops import cema_blocks, chunk_attention
+from megalodon.ops import cema_blocks, chunk_attention, timestep_norm
 from megalodon_enwik8 import device as machine
 from megalodon_enwik8.benchmark.operations import DTYPE_COPY, KERNEL_NAMES, Operations, kernels
 from megalodon_enwik8.config import MODELS, ExperimentConfig, has_key, make_config
@@ -311,9 +311,13 @@ def layers(depth: int) -> dict[str, int]:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """While the block runs, attention is one operation, and a transposition one, as on a GPU."""
-    one_copy = patch.object(cema_blocks, "TWO_COPIES_ON", "")
-    with patch.object(chunk_attention, "SCORES_LIMIT", 0), one_copy:
+    """While the block runs, attention, a transposition, and mean and variance of a step are one
+    operation each, as on a GPU."""
+    with (
+        patch.object(chunk_attention, "SCORES_LIMIT", 0),
+        patch.object(cema_blocks, "TWO_COPIES_ON", ""),
+        patch.object(timestep_norm, "SLOW_VAR_MEAN_ON", ""),
+    ):
         yield
 
 

@@ -27,7 +27,10 @@ def some_state(batch, groups):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_fast_form_equals_step_by_step(length, with_state, dtype):
+@pytest.mark.parametrize("slow_on", ["cpu", ""])
+def test_fast_form_equals_step_by_step(monkeypatch, slow_on, length, with_state, dtype):
+    """With the statistics of a step as a CPU takes them, and as a GPU does."""
+    monkeypatch.setattr("megalodon.ops.timestep_norm.SLOW_VAR_MEAN_ON", slow_on)
     torch.manual_seed(0)
     batch, dim, groups = 2, 12, 3
     x = torch.randn(batch, length, dim, dtype=dtype) * 2 + 1
