@@ -72,6 +72,13 @@ class MegalodonGenerationMixin(GenerationMixin):
             cache.stop_recording()
         return output
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it hands out pages of keys and values."""
+        raise ValueError(
+            "continuous batching (generate_batch) pages keys and values, of which a Megalodon "
+            "keeps one chunk: use generate"
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,

@@ -133,6 +133,9 @@ def read_layout(
     if time is not None:
         time.check(x, chunk_size)
     past = 0 if cache is None else cache.positions
+    lengths = None
+    if cache is not None and cache.lengths is not None:
+        lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
     mask = None
     if attention_mask is not None:
         if attention_mask.shape not in ((batch, length), (batch, past + length)):
@@ -140,11 +143,13 @@ def read_layout(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
                 f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")
             )
-        mask = attention_mask[:, -length:].bool()
+        before, mask = attention_mask.bool().split([attention_mask.shape[1] - length, length], 1)
+        if before.shape[1] and lengths is not None and (before.sum(1) < lengths).any():
+            raise ValueError(
+                "attention_mask hides tokens that the cache has read, which no state forgets: "
+                "begin with a new cache"
+            )
         mask = None if mask.all() else mask
-    lengths = None
-    if cache is not None and cache.lengths is not None:
-        lengths = cache.lengths.to(x.device)  # the last norm may lie on another device
     border = document_borders(position_ids, mask, lengths, batch, length)
     plain = mask is None and border is None
     offset: int | Tensor = 0

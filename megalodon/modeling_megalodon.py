@@ -39,6 +39,7 @@ from .ops.chunk_attention import (
     rotary_table,
     whole_scores,
 )
+from .ops.precision import autocast_acts
 from .time_parallel import TimeGroup
 
 
@@ -70,6 +71,12 @@ class MegalodonBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, L, D) and what came before -> (B, L, D) and the state after it, if wanted."""
         config, train = self.config, self.training
+        again = train and self.gradient_checkpointing and not torch.is_grad_enabled()
+        if again and layout.return_state and x.requires_grad:
+            raise ValueError(
+                "checkpoints with use_reentrant=True lose the gradients of a state: train with "
+                "use_cache=False, or with use_reentrant=False"
+            )
         hidden, branch = (config.hidden_dropout, config.dropout) if train else (0.0, 0.0)
         norm_state, cema_state, attention_state = state or (None, None, None)
         x_tn, norm_state = self.timestep_norm(x, norm_state, layout)
@@ -353,7 +360,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 f"{self.config.model_dim}) with at least one token, and input_ids (batch, length)"
             )
         _refuse_float16(x.dtype)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_acts(x.device.type):
             _refuse_float16(torch.get_autocast_dtype(x.device.type))
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
@@ -363,11 +370,12 @@ class MegalodonModel(MegalodonPreTrainedModel):
         """The rotary table on a device, made once: it is a constant, not a parameter."""
         if device not in self._rotary_tables:
             config = self.config
-            head_dim = config.z_dim // config.num_heads
+            sizes = config.chunk_size, config.z_dim // config.num_heads, config.rope_base
+            if torch.compiler.is_dynamo_compiling():  # a graph can keep nothing for later calls
+                return rotary_table(*sizes, device)
             with torch.inference_mode(False):  # later calls may be in training
-                table = rotary_table(config.chunk_size, head_dim, config.rope_base, device)
-            traced = torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-            if traced or type(table) is not Tensor:  # of no use to later calls
+                table = rotary_table(*sizes, device)
+            if type(table) is not Tensor:  # traced in another way
                 return table
             self._rotary_tables[device] = table
         return self._rotary_tables[device]

@@ -107,17 +107,17 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         text_pair: Any = None,
         text_target: Any = None,
         text_pair_target: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> BatchEncoding:
         """transformers' own, which takes ``bytes`` wherever it takes ``str``."""
         texts = (text, text_pair, text_target, text_pair_target)
-        return super().__call__(*(self._as_ids(each, kwargs) for each in texts), **kwargs)
+        return super().__call__(*(self._as_ids(each, kwargs) for each in texts), *args, **kwargs)
 
-    def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
+    def encode(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> list[int]:
         """transformers' own, which takes ``bytes`` wherever it takes ``str``."""
-        return super().encode(
-            self._as_ids(text, kwargs), text_pair=self._as_ids(text_pair, kwargs), **kwargs
-        )
+        texts = (text, text_pair)
+        return super().encode(*(self._as_ids(each, kwargs) for each in texts), *args, **kwargs)
 
     def _as_ids(self, item: Any, options: dict[str, Any]) -> Any:
         """Bytes as their ids, and texts too where no added token but an ASCII byte, which is itself
@@ -156,8 +156,11 @@ class MegalodonTokenizer(PreTrainedTokenizer):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         errors: str | None = None,
+        spaces_between_special_tokens: bool | None = None,
+        use_source_tokenizer: bool | None = None,
     ) -> str | list[str]:
-        """The text of one sequence of ids, or those of several; errors as in ``bytes.decode``."""
+        """The text of one sequence of ids, or those of several; errors as in ``bytes.decode``. The
+        last two, which other tokenizers take, mean nothing here: no space is put anywhere."""
         ids = to_py_obj(token_ids)
         options = (skip_special_tokens, clean_up_tokenization_spaces, errors)
         if isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], (list, tuple)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..time_parallel import TimeGroup
+from .precision import autocast_off
 from .scan import block_scan, complex_power, q_powers, scan_jumps
 
 VERSION = 4
@@ -274,7 +275,7 @@ def _backward(
     x, document, *rest = ctx.saved_tensors
     if grad_y is None:  # only the state takes part in the loss
         grad_y = torch.zeros_like(x)
-    with torch.autocast(grad_y.device.type, enabled=False):  # a caller's may reach as far as here
+    with autocast_off(grad_y.device.type):  # a caller's may reach as far as here
         grad_x, grads, grad_kernel, grad_entries = ctx.adjoint(
             grad_y, grad_states, x, rest[4:], rest[:4], document, ctx.block
         )

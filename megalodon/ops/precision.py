@@ -1,8 +1,9 @@
 """Which dtype to compute in, how to keep autocast out of the operations, and what a GPU rounds."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,18 +23,28 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(first.device.type):
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
+        with autocast_off(first.device.type):
             return function(*args, **kwargs)
 
     return wrapper
 
 
+def autocast_acts(device: str) -> bool:
+    """Whether autocast is on for a type of device, which "meta" cannot be asked."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast_off(device: str) -> AbstractContextManager[Any]:
+    """Autocast switched off for a type of device, where it is on."""
+    return torch.autocast(device, enabled=False) if autocast_acts(device) else nullcontext()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer applied to x computes in: autocast's where it acts on x."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocast_acts(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -50,11 +50,13 @@ def test_compiled_layers_have_the_gradients_of_eager_ones(
 
 
 @torch.no_grad()
-def test_the_whole_model_is_one_graph_and_can_be_exported():
-    model, ids = tiny_model(), torch.randint(0, 256, (2, 2 * CHUNK + 3))
+@pytest.mark.parametrize("base", [10_000.0, 50.0])
+def test_the_whole_model_is_one_graph_and_can_be_exported(base):
+    model, ids = tiny_model(rope_base=base), torch.randint(0, 256, (2, 2 * CHUNK + 3))
     options = {"use_cache": False, "return_dict": False}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # before it ever ran
+    compiled(ids, **options)
     (expected,) = model(ids, **options)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
     first, rest = compiled(ids[:, :-1]), compiled(ids[:, -1:], cache=MegalodonCache(model.config))
     further = compiled(ids[:, -1:], cache=first.cache)
     torch.testing.assert_close(further.logits[:, 0], expected[:, -1], rtol=0, atol=1e-5)

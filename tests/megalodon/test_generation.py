@@ -243,6 +243,12 @@ def test_generation_refuses_prompts_that_end_in_padding(model, prompt):
         model.generate(prompt, attention_mask=mask, max_new_tokens=2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match=r"continuous batching .* use generate"):
+        model.generate_batch([[1, 2]])
+
+
 def test_a_state_made_in_inference_mode_serves_outside(prompt):
     model = tiny_model()
     expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)

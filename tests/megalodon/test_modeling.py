@@ -131,6 +131,34 @@ def test_gradients_flow_through_the_cache():
         torch.testing.assert_close(other, gradients[0], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_checkpoints_pass_gradients_through_a_cache_or_say_that_they_do_not():
+    ids, gradients = torch.randint(0, 256, (2, 2 * CHUNK)), []
+    for reentrant in (None, False, True):
+        model = tiny_model().train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        cache = MegalodonCache(model.config)
+        if reentrant:
+            with pytest.raises(ValueError, match="use_reentrant=True lose the gradients"):
+                model(ids, cache=cache)
+            model(ids, labels=ids).loss.backward()
+            continue
+        logits = [model(piece, cache=cache).logits for piece in ids.split(CHUNK, dim=1)]
+        torch.cat(logits, dim=1).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_meta_model_runs_forward_and_backward():
+    with torch.device("meta"):
+        model = MegalodonForCausalLM(tiny_config()).train()
+        ids = torch.zeros(2, CHUNK + 3, dtype=torch.int64)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.is_meta for p in model.parameters())
+    assert model.eval()(ids[:, :1]).logits.shape == (2, 1, 256)
+
+
 def test_detached_cache_stops_gradients():
     model = tiny_model()
     ids = torch.randint(0, 256, (1, CHUNK))

@@ -84,6 +84,15 @@ def test_padding_anywhere_and_continued_in_pieces(model, seed):
 
 
 @torch.no_grad()
+def test_a_mask_cannot_hide_what_a_cache_has_read(model):
+    ids, mask = torch.randint(0, 256, (2, CHUNK)), torch.ones(2, CHUNK + 1)
+    mask[1, 2] = 0
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(ValueError, match=r"attention_mask hides tokens that the cache has read"):
+        model(ids[:, :1], attention_mask=mask, cache=cache)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
 def test_left_padded_greedy_generation_equals_each_prompt_alone(model, seed):
     rows = texts(random_lengths(seed + 10, 4, 3 * CHUNK), seed)

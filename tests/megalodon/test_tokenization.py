@@ -126,6 +126,15 @@ def test_collators_pad_with_nothing_set_by_hand():
     assert batch["labels"].tolist() == [[97, 98], [-100, 99]]
 
 
+def test_arguments_of_other_tokenizers_are_taken():
+    tokenizer = MegalodonTokenizer()
+    assert tokenizer.encode("ab", None, False) == [97, 98]
+    assert tokenizer("ab", None, None, None, True)["input_ids"] == [97, 98]
+    options = {"spaces_between_special_tokens": True, "use_source_tokenizer": False}
+    assert tokenizer.decode([97, 0, 98], **options) == "a\0b"
+    assert tokenizer.batch_decode([[97], [98]], **options) == ["a", "b"]
+
+
 def test_pairs_are_one_text_after_the_other():
     assert PLAIN.encode("ab", "c") == [97, 98, 99]
     assert PLAIN([("a", "b"), ("c", b"d")])["input_ids"] == [[97, 98], [99, 100]]
