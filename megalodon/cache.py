@@ -35,12 +35,6 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     return type(state)(*(map_state(function, part) for part in state))  # type: ignore[attr-defined]
 
 
-def _tensors(state: Any) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    return [tensor for part in state for tensor in _tensors(part)]
-
-
 class MegalodonCache(Cache):
     """Per-layer states, and how much text each row has behind it.
 
@@ -152,7 +146,8 @@ class MegalodonCache(Cache):
     @property
     def nbytes(self) -> int:
         """Size of the state in bytes; the same at position ten and at ten million."""
-        return sum(tensor.nbytes for tensor in _tensors((self.states, self.final_norm or ())))
+        tensors = [t for state in self.states for t in (*state.norm, state.cema, *state.attention)]
+        return sum(t.nbytes for t in (*tensors, *(self.final_norm or ())))
 
     @property
     def batch_size(self) -> int:
