@@ -1,6 +1,7 @@
 """How a batch lies: what the masks, positions and cache of a call mean for the operations."""
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,11 +45,16 @@ class Layout:
             return self
 
         def moved(part: Any) -> Any:
-            if isinstance(part, (Tensor, Segments)):
+            if isinstance(part, Tensor):
                 return part.to(device, non_blocking=non_blocking)
-            return StepCounts(*map(moved, part)) if isinstance(part, StepCounts) else part
+            if isinstance(part, StepCounts):
+                return StepCounts(*map(moved, part))
+            if isinstance(part, (Layout, Segments)):
+                part = copy.copy(part)
+                vars(part).update({name: moved(each) for name, each in vars(part).items()})
+            return part
 
-        return replace(self, **{name: moved(part) for name, part in vars(self).items()})
+        return moved(self)
 
 
 def packed_positions(

@@ -13,8 +13,6 @@ Three things are derived, once per forward pass:
   the current chunk that the cache holds.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,14 +73,6 @@ class Segments:
         last = self.chunk_slot.take_along_dim(self.last.unsqueeze(1), 1)
         last = start.take_along_dim(last, 1).squeeze(1)
         self.chunk_last = torch.where(self.any_valid, last, 0)
-
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Segments":
-        """The same on another device."""
-        moved = copy.copy(self)
-        for name, part in vars(self).items():
-            if isinstance(part, Tensor):
-                setattr(moved, name, part.to(device, non_blocking=non_blocking))
-        return moved
 
     @property
     def continues(self) -> Tensor:
