@@ -25,34 +25,7 @@ from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
 from tests.processes import ROOT, outcome, torchrun
 
-TINY = """
-model: megalodon
-model_dim: 32
-num_layers: 2
-num_heads: 2
-z_dim: 16
-value_dim: 32
-ffn_hidden_dim: 48
-cema_ndim: 4
-chunk_size: 16
-norm_num_groups: 8
-data_path: text
-seq_len: 64
-num_batches: 5
-batch_size: 1
-grad_accum_every: 8
-learning_rate: 0.001
-optimizer: adamw
-use_autocast: false
-compile: false
-validate_every: 2
-val_batches: 300
-save_every: 3
-keep_best: true
-generate_every: 4
-generate_prompt_len: 8
-generate_length: 8
-"""
+from .conftest import tiny
 
 
 @pytest.fixture
@@ -60,7 +33,10 @@ def folder(tmp_path, monkeypatch):
     """Where a text and its config lie, as the working directory."""
     words = (ROOT / "LICENSE").read_text().split()
     (tmp_path / "text").write_text(" ".join(words * 100))
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = {"num_batches": 5, "batch_size": 1, "grad_accum_every": 8, "optimizer": "adamw"}
+    options |= {"val_batches": 300, "full_validation": True, "save_every": 3, "keep_best": True}
+    config = tiny("megalodon", "run", "text", **options, seq_len=64, generate_every=4)
+    (tmp_path / "tiny.yaml").write_text(config.to_yaml())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
