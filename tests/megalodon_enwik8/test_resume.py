@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import os
 import random
 import shutil
@@ -315,16 +314,6 @@ def test_lost_metrics_are_said_and_do_not_stop_the_run(make_tiny, capsys, damage
     assert train(config, resume=NEWEST) == 0
     assert "tells of 1 of the 6 steps before" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(metrics)] == [0, 6]
-
-
-def test_resuming_a_checkpoint_of_another_folder_takes_its_history_along(make_tiny, tmp_path):
-    first = make_tiny("llama")
-    assert train(first) == 0
-    branch = make_tiny("llama", run_dir=str(tmp_path / "branch"))
-    assert train(branch, resume=Path(first.run_dir) / "checkpoint_00000004.pt") == 0
-    assert_same_ending(branch, first)
-    environment = json.loads((Path(branch.run_dir) / "environment.json").read_text())
-    assert [session["from_step"] for session in environment["sessions"]] == [0, 4]
 
 
 def test_resuming_with_another_config_names_the_keys(make_tiny):

@@ -1,5 +1,6 @@
 """A run's folder: held by one process, never replaced by accident."""
 
+import json
 import time
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_best_weights_are_kept_in_a_folder_that_goes_on_from_another(make_tiny, 
     assert (tmp_path / "here" / "best.pt").exists()
 
 
-def test_a_checkpoint_of_another_folder_leaves_the_run_that_is_here_under_another_name(
+def test_a_checkpoint_of_another_folder_comes_with_its_history_and_what_was_here_is_renamed(
     make_tiny, tmp_path
 ):
     here, other = make_tiny("llama"), make_tiny("llama", run_dir=str(tmp_path / "other"))
@@ -101,6 +102,8 @@ def test_a_checkpoint_of_another_folder_leaves_the_run_that_is_here_under_anothe
     assert train(here, resume=Path(other.run_dir) / "checkpoint_00000002.pt") == 0
     assert [files_of(aside) for aside in asides(Path(here.run_dir))] == [before]
     assert_same_ending(here, other)
+    environment = json.loads((Path(here.run_dir) / "environment.json").read_text())
+    assert [session["from_step"] for session in environment["sessions"]] == [0, 2]
 
 
 def resume_and_report(config, outcomes):
