@@ -13,7 +13,7 @@ from megalodon import MegalodonForCausalLM
 
 from .models import CHUNK, tiny_config, tiny_model
 
-quiet = pytest.mark.usefixtures("no_warnings")
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 def rows(count, length=2 * CHUNK + 3, masked=0.0):
@@ -58,7 +58,6 @@ def largest_difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@quiet
 def test_trainer_trains_evaluates_and_predicts(tmp_path):
     data = rows(16)
     trainer = Trainer(
@@ -72,7 +71,6 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path):
     assert prediction.predictions.shape == (3, len(data[0]["input_ids"]), 256)
 
 
-@quiet
 def test_a_resumed_run_is_the_run_without_a_stop(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3}
     data = rows(16)
@@ -85,7 +83,6 @@ def test_a_resumed_run_is_the_run_without_a_stop(tmp_path):
     assert largest_difference(dict(model.named_parameters()), whole) == 0
 
 
-@quiet
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     """Rows with unlike numbers of labels: a mean of the pieces' means would be something else."""
     data = rows(12, masked=0.2)
@@ -109,7 +106,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     assert largest_difference(results[0], dict(tiny_model().named_parameters())) > 1e-2
 
 
-@quiet
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_through_trainer_changes_nothing(tmp_path, reentrant):
     counts, results = [], []
@@ -124,7 +120,6 @@ def test_gradient_checkpointing_through_trainer_changes_nothing(tmp_path, reentr
     assert largest_difference(*results) == 0
 
 
-@quiet
 def test_bfloat16_autocast_trains_float32_parameters(tmp_path):
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -133,7 +128,6 @@ def test_bfloat16_autocast_trains_float32_parameters(tmp_path):
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
-@quiet
 def test_label_smoothing_looks_at_the_next_token(tmp_path):
     model, row = tiny_model(), rows(1)[0]
     trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1))
@@ -202,7 +196,6 @@ class TestLoRA:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **options))
 
-    @quiet
     @pytest.mark.parametrize("checkpointing", [None, True, False])
     def test_trains_the_adapter_and_nothing_else(self, tmp_path, checkpointing):
         model = self.lora(tiny_model(), target_modules="all-linear")
@@ -212,7 +205,6 @@ class TestLoRA:
             assert torch.equal(before[name], after[name]) is ("lora_" not in name), name
         assert sum("lora_" in name for name in before) == 2 * 2 * len(self.LINEARS)
 
-    @quiet
     @torch.no_grad()
     def test_is_saved_loaded_merged_and_generates(self, tmp_path):
         from peft import PeftModel
