@@ -336,8 +336,5 @@ class _TimestepNorm(torch.autograd.Function):
         return grad_x.flatten(-2).to(x.dtype), *of_norm, None, grad_mean0, grad_var0, *nothing
 
 
-@torch.compiler.disable
-def _norm_of_part(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A compiler cannot follow what processes tell each other."""
-    found: tuple[Tensor, Tensor, Tensor] = _TimestepNorm.apply(*given)
-    return found
+_norm_of_part = torch.compiler.disable(_TimestepNorm.apply)
+"""A compiler cannot follow what processes tell each other."""
