@@ -100,9 +100,7 @@ def _assemble(
 ) -> Run:
     fields = ExperimentConfig.model_fields
     own = [name for name in fields if has_key(config["model"], name)]
-    # A key that the schema no longer has means nothing where it is off.
-    used = {key: value for key, value in config.items() if key in fields or value}
-    config = {**{name: fields[name].default for name in own}, **used}
+    config = {**{name: fields[name].default for name in own}, **config}
     json.dumps(config, sort_keys=True)  # by which runs are put together: no dates, no sets
     steps = config["num_batches"]
     end: dict[str, Any] = rows[-1] if rows else {"step": -1}

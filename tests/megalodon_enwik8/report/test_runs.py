@@ -35,7 +35,7 @@ def test_a_run_is_read_as_training_wrote_it(tmp_path):
 
 
 def test_keys_that_a_config_lacks_have_the_schemas_defaults(tmp_path):
-    old = read_run(make_run(tmp_path / "old", carry_state=False, carry_steps=None))
+    old = read_run(make_run(tmp_path / "old"))
     new = read_run(make_run(tmp_path / "new", beta2=0.999, optimizer="adam"))
     assert old.recipe == new.recipe
     assert old.recipe["learning_rate"] == ExperimentConfig.model_fields["learning_rate"].default
