@@ -45,10 +45,9 @@ def draw_model(config: ExperimentConfig) -> PreTrainedModel:
     """Likewise, its weights drawn from torch's generator as it stands."""
     try:
         build = build_llama if config.model == "llama" else build_megalodon
-        model = build(config)
+        return build(config)
     except (ValueError, StrictDataclassError) as error:  # which wraps what a config's check says
         raise UserError(f"model={config.model}: {error.__cause__ or error}") from error
-    return model
 
 
 def build_megalodon(config: ExperimentConfig) -> PreTrainedModel:
