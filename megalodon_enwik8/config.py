@@ -66,7 +66,7 @@ class ExperimentConfig(BaseModel):
     """Everything that defines one run. Immutable; unknown keys and loose types are refused.
 
     Lengths and sizes are in tokens, which are bytes, unless a comment says otherwise. For the
-    intervals (`..._every`) 0 means never.
+    intervals (`..._every`) 0 means never, but that a run ends with a validation and a checkpoint.
     """
 
     model_config = ConfigDict(
@@ -267,6 +267,10 @@ def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"command line: {text!r}: expected key=value, as in num_batches=100")
+        if name in values:
+            raise UserError(f"command line: {name} is given twice")
+        if re.match(r"([^'\"]*\s)?#", value):
+            raise UserError(f"command line: {text!r}: # begins a comment: put the value in quotes")
         values[name] = _parse_yaml(value, f"command line: {name!r}")
     return values
 

@@ -228,6 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--streams and --piece are for --stream: add it")
     if options.data_bytes and not options.data_path:
         parser.error("--data-bytes is for --data-path: name the text")
+    if options.out and Path(options.out).suffix != ".json":
+        parser.error(f"--out {options.out}: the figures are JSON: name a file that ends in .json")
     return options
 
 
@@ -250,7 +252,8 @@ def _evaluate(options: argparse.Namespace, device: torch.device, world: World) -
     text: Bytes = getattr(corpus, options.split)
     how = _how_to_read(options, config, len(text))
     label = "-".join(f"{name}{value}" for name, value in how.items())
-    name = f"{path.stem}-{corpus.name}-{options.split}-{label}.json"
+    corpus_name = corpus.name + (f"-{corpus.sha256[:8]}" if options.data_path else "")
+    name = f"{path.stem}-{corpus_name}-{options.split}-{label}.json"
     out = Path(options.out) if options.out else path.with_name(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

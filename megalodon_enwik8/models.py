@@ -78,7 +78,7 @@ def build_llama(config: ExperimentConfig) -> PreTrainedModel:
         LlamaConfig(
             vocab_size=config.num_tokens,
             hidden_size=config.dim,
-            intermediate_size=256 * math.ceil(int(scale * config.dim) / 256),
+            intermediate_size=256 * max(1, math.ceil(int(scale * config.dim) / 256)),
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             head_dim=config.dim_head,

@@ -74,8 +74,9 @@ class RunFolder:
         return self.path / name
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints to resume from, oldest first: their names have steps of eight digits."""
-        return sorted(self.path.glob("checkpoint_*.pt"))
+        """The checkpoints to resume from, oldest first."""
+        found = [p for p in self.path.glob("checkpoint_*.pt") if p.stem[11:].isdecimal()]
+        return sorted(found, key=lambda path: int(path.stem[11:]))
 
     def holds_a_run(self) -> bool:
         names = ("config.yaml", "metrics.jsonl", "best.pt", "final.pt")
@@ -153,6 +154,8 @@ class RunFolder:
     def _rename(self) -> Path:
         """Give the folder another name and make a new one in its place. Returns the old one."""
         path = self.path.resolve()  # a link stays
+        if Path.cwd().is_relative_to(path):
+            raise UserError(f"{path}: has to be renamed: start this from outside of it")
         aside = path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
         path.rename(aside)
         path.mkdir()

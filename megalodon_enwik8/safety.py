@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -38,10 +40,13 @@ def run_main(
     quietly, with 130 and 141, as a shell reports who died of SIGINT and SIGPIPE. Any other
     exception is a defect of the program and keeps its traceback. A warning is one line.
     """
+    for name in ("stdout", "stderr"):  # None where the process began with it closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):  # whatever the locale says: texts are of any characters
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -139,6 +144,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     OSErrors name `path`.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise UserError(f"{path}: is no regular file, and would become one: name another")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
         with open(temporary, "wb") as file:
@@ -169,6 +176,15 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
+def _is_broken_pipe(fd: int) -> bool:
+    with contextlib.suppress(OSError):  # closed
+        if hasattr(select, "poll") and stat.S_ISFIFO(os.fstat(fd).st_mode):  # not on Windows
+            poll = select.poll()
+            poll.register(fd, 0)  # no event but errors
+            return bool(poll.poll(0))
+    return False
+
+
 class StopRequest:
     """While the `with` block runs, the first Ctrl-C, SIGTERM or SIGHUP is noted, for loops to ask.
 
@@ -184,7 +200,12 @@ class StopRequest:
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def __call__(self) -> int:
-        """The number of the signal that has come, or 0."""
+        """The number of the signal that has come, or 0; SIGPIPE where nobody reads what is printed
+        any more."""
+        for fd in (1, 2):
+            if _is_broken_pipe(fd):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+                self.signal_number = self.signal_number or signal.SIGPIPE
         for fd in self._terminals if self.signal_number else ():
             if not os.isatty(fd):  # closed: to write there would be an error, before all is saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)

@@ -9,6 +9,7 @@ the same command.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megalodon_enwik8.config import ExperimentConfig, has_key, make_config, read_yaml
+from megalodon_enwik8.config import FREE_KEYS, ExperimentConfig, has_key, make_config, read_yaml
 from megalodon_enwik8.safety import Parser, UserError, atomic_write, run_main
 
 Settings = dict[str, Any]
@@ -63,6 +64,8 @@ def read_plan(path: str) -> Plan:
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {place}: {first['msg']}") from None
     for number, values in enumerate(plan.rounds, 1):
+        if fixed := {"model", "run_dir"} & (values.keys() | plan.start.keys()):
+            raise UserError(f"{path}: {min(fixed)}: the search sets it; leave it out")
         if unknown := values.keys() - ExperimentConfig.model_fields.keys():
             raise UserError(f"{path}: rounds try {min(unknown)}, which is no key of a config")
         counts = [
@@ -103,7 +106,7 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
     """Make the runs that `out` has no line of yet. Returns the exit code of the last one."""
     # Imported late: torch takes seconds to load, and the plan's mistakes are known before.
     from megalodon_enwik8.run_folder import NEWEST
-    from megalodon_enwik8.training import train
+    from megalodon_enwik8.training import STOPPED, train
 
     out.parent.mkdir(parents=True, exist_ok=True)
     results = read_results(out)
@@ -117,11 +120,23 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
                 settings = {name: getattr(config, name) for name in plan.set_keys(model)}
                 wanted = {"model": model, "settings": settings}
                 row = next((row for row in results if row | wanted == row), None)
+                rest = digest_of_rest(config, settings)
+                if row and row.get("rest", rest) != rest:
+                    raise UserError(
+                        f"{out}: has a run of {config.run_dir} with another {plan.base[model]}: "
+                        "name another file with --out"
+                    )
                 if row is None:
                     print(f"\n{model}: {key}={value}", flush=True)
-                    if code := train(config, resume=NEWEST):
+                    try:
+                        code = train(config, resume=NEWEST)
+                    except UserError as error:
+                        if STOPPED not in str(error):
+                            raise
+                        raise UserError(f"{error}; or take {value} out of the plan") from None
+                    if code:
                         return code
-                    row = {**wanted, **read_losses(Path(config.run_dir))}
+                    row = {**wanted, "rest": rest, **read_losses(Path(config.run_dir))}
                     results.append(row)
                     write_results(out, results)
                     shutil.rmtree(config.run_dir)
@@ -130,6 +145,14 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
             said = ", ".join(f"{v} {loss:.4f}" for v, loss in zip(values, losses, strict=True))
             print(f"{model}: {key}: {said}; best {best[model][key]}", flush=True)
     return 0
+
+
+def digest_of_rest(config: ExperimentConfig, settings: Settings) -> str:
+    """Of what a run's course depends on besides the settings: a base may change between calls."""
+    free = FREE_KEYS - {"data_path", "data_bytes"}
+    rest = {key: value for key, value in config.used().items() if key not in free | settings.keys()}
+    text = json.dumps([rest, config.sequences_per_step])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_losses(run_dir: Path) -> dict[str, Any]:

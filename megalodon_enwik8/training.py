@@ -87,7 +87,8 @@ def _train(
         chosen["seed"] = found.config.seed if found else secrets.randbelow(2**31)
         print(f"seed={chosen['seed']}: drawn, since the config leaves it open", flush=True)
     if config.use_autocast == "auto":
-        chosen["use_autocast"] = has_bfloat16(world.device)
+        here = has_bfloat16(world.device)
+        chosen["use_autocast"] = found.config.use_autocast if found else here
     config = world.from_main(config.model_copy(update=chosen))
     if found is not None:
         check_resumable(found, config)
@@ -298,7 +299,7 @@ class Trainer:
             self.progress.best_val_loss = loss
             self.save("best.pt", with_optimizer=False)
         row = {"val_loss": loss, "val_bpc": bits_per_byte(loss)}
-        _say(
+        self.say(
             f"step {self.step}: validation loss {loss:.4f}, {row['val_bpc']:.4f} BPC "
             f"({self.progress.seconds:.0f} s of training)"
         )
@@ -332,7 +333,7 @@ class Trainer:
             check=self.check,
         )
         text = PrintableDecoder().decode(prompt + made, final=True)
-        _say(f"step {self.step}, a sample:\n{text}\n")
+        self.say(f"step {self.step}, a sample:\n{text}\n")
         return {"sample": text}
 
     def finish(self) -> None:
@@ -342,12 +343,12 @@ class Trainer:
         if self.config.full_validation:
             loss = self.score()
             row |= {"full_val_loss": loss, "full_val_bpc": bits_per_byte(loss)}
-            _say(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
+            self.say(f"whole validation split: {loss:.4f}, {row['full_val_bpc']:.4f} BPC")
         if self.config.generate_every:
             row |= self.sample()
         self.check()
         self.log({**row, **self.counts()})
-        _say(f"final weights: {self.folder.file('final.pt')}")
+        self.say(f"final weights: {self.folder.file('final.pt')}")
 
     def counts(self) -> Row:
         return {
@@ -360,6 +361,16 @@ class Trainer:
     def log(self, row: Row) -> None:
         if self.world.is_main:
             self.folder.log(row)
+
+    def say(self, text: str) -> None:
+        """Print above the bar, at once: a log file may be all that is left of a killed run."""
+        self.stop_request()  # which sees to it that there is somewhere to print
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal closed: its signal is heard at a check()
+                raise
 
     def save(self, name: str | None = None, *, with_optimizer: bool = True) -> None:
         """A checkpoint of this step, named after it if not otherwise."""
@@ -462,25 +473,17 @@ def describe_session(compiled: str, step: int, world: World) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this source tree, with `+` when files differ from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
+    file = Path(__file__).resolve()
+    git = ["git", "-C", str(file.parent)]
+    ours = [*git, "ls-files", "--error-unmatch", file.name]  # not a repository of something else
+    describe = [*git, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        done = subprocess.run(
-            [*git, "--exclude=*", "--abbrev=40", "--dirty=+"], capture_output=True, text=True
-        )
-    except OSError:
+        for command in (ours, describe):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()
 
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _say(text: str) -> None:
-    """Print above the bar, at once: a log file may be all that is left of a killed run."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno != errno.EIO:  # a terminal closed: its signal is heard where all is saved
-            raise

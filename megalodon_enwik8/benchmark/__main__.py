@@ -82,7 +82,8 @@ def plan(command: str, given: Grid, rounds: int) -> Iterator[tuple[dict[str, Any
 
 
 def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict[str, Any]:
-    """Fill row after row, and write the file anew each time, so that nothing is lost."""
+    """Fill row after row, and write all anew each time, so that nothing is lost: to a file beside
+    `out`, which takes its place at the end."""
     if fixed := given.keys() & ({"model", "num_batches"} | FREE_KEYS - OF_A_STEP):
         raise UserError(
             f"command line: {min(fixed)}: the benchmark sets it or does without; leave it out"
@@ -99,6 +100,7 @@ def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict
         "rows": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    underway = out.with_suffix(".part.json")
     with tempfile.TemporaryDirectory() as caches, tqdm(rows, disable=None) as bar:
         for number, (row, tasks) in enumerate(bar):
             measured["rows"].append(row)
@@ -113,8 +115,9 @@ def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict
                 ours, theirs = (row.get(model, {}) for model in MODELS)
                 for title in (title for title in ours if title in theirs and title != "by_name"):
                     row.setdefault(RATIO, {}).setdefault(title, ours[title] / theirs[title])
-                with atomic_write(out) as file:
+                with atomic_write(underway) as file:
                     file.write((json.dumps(measured, indent=2) + "\n").encode())
+    underway.replace(out)
     return measured
 
 
@@ -129,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="(runs/benchmark/COMMAND.json)")
     options = parser.parse_intermixed_args(argv)
     if options.command == "task":  # what a fresh process is asked for
+        if len(options.settings) != 1 or not options.settings[0].startswith("{"):
+            parser.error("task: is what a benchmark asks of its own processes")
         with join(machine.choose_device()):
             print(json.dumps(measure(Task(**json.loads(options.settings[0])))))
         return 0

@@ -78,8 +78,8 @@ class Task:
         if model == "llama":
             own.setdefault("ffn_dim_multiplier", 2.67)  # the comparison's
         step_bytes = own.pop("step_bytes")
-        if not isinstance(step_bytes, int):
-            raise UserError(f"command line: step_bytes={step_bytes}: must be a whole number")
+        if type(step_bytes) is not int or step_bytes < 1:
+            raise UserError(f"command line: step_bytes={step_bytes}: must be a whole number >= 1")
         whole = make_config(own, "command line")
         if whole.use_autocast == "auto":
             raise UserError("command line: use_autocast=auto: say true or false, for a row to tell")

@@ -34,6 +34,8 @@ def check_can_draw(path: str | Path, formats: Sequence[str] = FORMATS) -> None:
         raise UserError(f"{path}: a picture's name must end in {', '.join(formats)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f'{path}: drawing needs matplotlib: pip install -e ".[report]"')
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{path}: there is no folder {Path(path).parent}: make it first")
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:

@@ -45,7 +45,8 @@ def run_faked(monkeypatch, tmp_path):
         out = tmp_path / "new" / "out.json"
         with contextlib.suppress(KeyboardInterrupt):
             benchmark.main([command, *settings, "--out", str(out)])
-        return json.loads(out.read_text())
+            return json.loads(out.read_text())
+        return json.loads(out.with_suffix(".part.json").read_text())
 
     return run
 
@@ -226,8 +227,8 @@ def test_beyond_the_longest_context_a_megalodon_writes_alone(run_faked):
 @pytest.mark.parametrize(
     ("command", "kept"), [("train", ["step, s", "first, s"]), ("context", ["train, s"])]
 )
-def test_what_is_measured_survives_an_interruption(command, kept, run_faked):
-    asked = []
+def test_what_is_measured_survives_an_interruption(command, kept, run_faked, tmp_path):
+    before, asked = run_faked(command), []
 
     def interrupted(task, limit, cache):
         asked.append(task)
@@ -237,6 +238,7 @@ def test_what_is_measured_survives_an_interruption(command, kept, run_faked):
 
     (row, *_) = run_faked(command, answer=interrupted)["rows"]
     assert list(row["megalodon"]) == kept
+    assert json.loads((tmp_path / "new" / "out.json").read_text()) == before
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,9 @@ def test_what_is_measured_survives_an_interruption(command, kept, run_faked):
         ("train --rounds 3 shard=true", "command line: shard: the benchmark sets it or does with"),
         ("train batch_size", "command line: 'batch_size': expected key=value"),
         ("train step_bytes=x", "command line: step_bytes=x: "),
+        ("train step_bytes=true", "command line: step_bytes=True: must be a whole number >= 1"),
+        ("train step_bytes=0", "command line: step_bytes=0: must be a whole number >= 1"),
+        ("task", "task: is what a benchmark asks of its own processes"),
         ("scale seq_len=[512,800]", "chunk_parallel=2: seq_len=800 must be that many parts of wh"),
         ("speed", "invalid choice: 'speed'"),
     ],

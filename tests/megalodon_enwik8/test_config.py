@@ -132,6 +132,8 @@ def test_a_mistake_is_one_line_naming_key_value_and_remedy(refuse, text, line):
         ("=1", "command line: '=1': expected key=value"),
         ("seed=[", "command line: 'seed': line 1: "),
         ("a\nb=[", "command line: 'a\\nb': line 1: "),
+        ("data_path=my #1.txt", "'data_path=my #1.txt': # begins a comment: put the value in quo"),
+        ("data_path=#1.txt", "'data_path=#1.txt': # begins a comment"),
         (
             "model=megalodon",
             "line: dim=384: is a key of model: llama, but this is model: mega",
@@ -142,9 +144,15 @@ def test_a_wrong_override_is_named_as_such(refuse, override, line):
     assert line in refuse("dim: 384", override)
 
 
+def test_an_override_is_given_once(refuse):
+    assert "command line: seed is given twice" in refuse("dim: 384", "seed=1", "seed=1")
+
+
 def test_overrides_win_and_are_read_as_yaml(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("seed: 1\ncompile: auto")
+    config = load_config(path, ["data_path='my #1.txt'"])
+    assert config.data_path == "my #1.txt"
     config = load_config(path, ["seed=2", "compile=false", "learning_rate=1e-3", "data_bytes=null"])
     assert (config.seed, config.compile, config.learning_rate) == (2, False, 1e-3)
 

@@ -8,6 +8,7 @@ import torch
 from megalodon_enwik8 import training
 from megalodon_enwik8.config import load_config
 from megalodon_enwik8.device import keep_freed_memory
+from megalodon_enwik8.run_folder import NEWEST
 from megalodon_enwik8.training import train
 
 
@@ -57,6 +58,11 @@ def test_auto_is_bfloat16_where_the_processor_has_it_and_is_stored_as_what_it_wa
     assert train(config) == 0
     assert load_config(Path(config.run_dir) / "config.yaml").use_autocast is fast
     assert "slow on this processor" not in capsys.readouterr().out
+    with monkeypatch.context() as another_processor:
+        another_processor.setattr(training, "has_bfloat16", lambda device: not fast)
+        longer = make_tiny("llama", num_batches=2, use_autocast="auto")
+        assert train(longer, resume=NEWEST) == 0
+    capsys.readouterr()
     config = make_tiny("llama", num_batches=1, use_autocast=True, run_dir=f"{config.run_dir}_2")
     assert train(config) == 0
     said = capsys.readouterr().out

@@ -210,6 +210,17 @@ def test_figures_go_where_they_are_asked_to(trained, tmp_path, capfd):
     assert json.loads(stream.read_text())["reading"] == {"streams": 1, "piece": 8192}
 
 
+def test_figures_of_other_texts_do_not_take_the_place_of_each_other(trained, tmp_path):
+    found = [tmp_path / folder / "text.txt" for folder in ("one", "two")]
+    for path in found:
+        path.parent.mkdir()
+        path.write_bytes(path.parent.name.encode() * 200)
+    folder = trained["llama"].parent
+    for given in ([found[0]], [found[1]], [found[0], "--data-bytes", 300]):
+        assert run(main, trained["llama"], "--data-path", *given) == 0
+    assert len(list(folder.glob("final-text.txt-*-val-context24-stride24.json"))) == 3
+
+
 def test_what_the_evaluation_refuses_is_one_line(trained, tmp_path, capfd):
     (tmp_path / "two").write_bytes(b"abcdefghij")
     megalodon, llama = trained["megalodon"], trained["llama"]
@@ -227,6 +238,7 @@ def test_what_the_evaluation_refuses_is_one_line(trained, tmp_path, capfd):
         (megalodon, "--data-path", tmp_path / "two"): "val split has 1 bytes: too few",
         (megalodon, "--data-path", tmp_path / "no"): "no: no such file",
         (megalodon, "--data-bytes", 9): "--data-bytes is for --data-path",
+        (megalodon, "--out", megalodon): "the figures are JSON: name a file that ends in .json",
     }
     for arguments, line in cases.items():
         assert line in refused(capfd, main, *arguments), arguments

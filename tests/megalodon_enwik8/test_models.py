@@ -89,6 +89,11 @@ def test_sizes_that_no_llama_has_are_one_line(make_tiny):
         build_model(make_tiny("llama", dim=17))
 
 
+def test_a_llama_has_a_feed_forward_network_however_small_its_multiplier(make_tiny):
+    llama = build_model(make_tiny("llama", ffn_dim_multiplier=0.01))
+    assert llama.config.intermediate_size == 256
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

@@ -229,6 +229,25 @@ def test_a_closed_terminal_saves(make_tiny, tmp_path):
     assert load_checkpoint(checkpoint).step == len(read_metrics(folder.path / "metrics.jsonl"))
 
 
+def test_a_run_whose_reader_leaves_is_saved(make_tiny, tmp_path):
+    config = make_tiny("llama", num_batches=100_000, save_every=100_000, validate_every=1)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    run = f'"{sys.executable}" train.py --config "{path}" 2>&1; echo $? >"{tmp_path}/code"'
+    done = subprocess.run(
+        ["sh", "-c", f"({run}) | sed '/step 3: validation loss/q'"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "step 3: validation loss" in done.stdout
+    assert (tmp_path / "code").read_text() == "141\n"
+    folder = RunFolder(config.run_dir)
+    (checkpoint,) = folder.checkpoints()
+    assert load_checkpoint(checkpoint).step == len(read_metrics(folder.path / "metrics.jsonl"))
+
+
 def test_a_terminal_that_closes_before_a_line_ends_nothing(make_tiny, monkeypatch):
     terminal, end = os.openpty()
     score, open_ends = training.score_windows, [terminal]

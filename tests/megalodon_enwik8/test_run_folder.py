@@ -1,6 +1,7 @@
 """A run's folder: held by one process, never replaced by accident."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -47,6 +48,30 @@ def test_a_run_that_is_started_over_is_renamed_and_whole(make_tiny, crash_in_ste
     whole = make_tiny("llama", num_batches=4, seed=8, run_dir=str(tmp_path / "whole"))
     assert train(whole) == 0
     assert_same_ending(shorter, whole)
+
+
+def test_a_folder_is_not_renamed_under_the_feet_of_the_program(make_tiny, monkeypatch):
+    config = make_tiny("llama")
+    folder = Path(config.run_dir)
+    assert train(config) == 0
+    before = files_of(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="has to be renamed: start this from outside of it"):
+        train(make_tiny("llama", run_dir="."), overwrite=True)
+    assert (files_of(folder), asides(folder)) == (before, [])
+
+
+def test_what_is_only_called_like_a_checkpoint_is_none(make_tiny):
+    config = make_tiny("llama", num_batches=4, keep_last=1)
+    folder = RunFolder(config.run_dir)
+    assert train(config) == 0
+    kept = folder.file("checkpoint_backup.pt")
+    shutil.copy(folder.checkpoints()[-1], kept)
+    assert train(make_tiny("llama", num_batches=8, keep_last=1), resume=NEWEST) == 0
+    assert [path.name for path in folder.checkpoints()] == ["checkpoint_00000008.pt"]
+    assert kept.exists()
+    folder.file("checkpoint_100000000.pt").touch()  # a digit more sorts behind, not before
+    assert folder.checkpoints()[-1].name == "checkpoint_100000000.pt"
 
 
 def test_nothing_is_renamed_before_the_new_run_is_known_to_start(make_tiny):

@@ -55,6 +55,16 @@ def test_block_that_ends_well_replaces_the_file(tmp_path):
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(UserError, match=r"pipe: is no regular file.* name another"),
+        atomic_write(tmp_path / "pipe"),
+    ):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, UserError])
 def test_any_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "x.pt"
@@ -181,6 +191,31 @@ def test_closed_pipe_ends_quietly():
     assert script.stderr.read() == ""
     assert script.wait() == 141
     script.stderr.close()
+
+
+def test_output_may_be_closed_and_names_may_be_any_bytes():
+    code = "from megalodon_enwik8.safety import run_main; run_main(lambda: print('\\udcff'))"
+    for redirect, said in ((">&-", ""), ("2>&-", "\\udcff\n")):
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
+def test_a_pipe_that_nobody_reads_is_a_signal():
+    reader, writer = os.pipe()
+    before = os.dup(2)
+    with StopRequest() as stop:
+        os.dup2(writer, 2)
+        try:
+            first = stop()
+            os.close(reader)
+            second = stop()
+            os.write(2, b"into the void")
+        finally:
+            os.dup2(before, 2)
+    os.close(before)
+    os.close(writer)
+    assert (first, second) == (0, signal.SIGPIPE)
 
 
 def test_the_first_signal_is_a_flag_and_the_old_handler_comes_back():

@@ -83,6 +83,8 @@ def test_a_search_that_was_stopped_goes_on(make_plan, tmp_path, monkeypatch, cut
         ({"rounds": [{"beta2": [0.9, 1.5]}]}, "as the search sets it: beta2=1.5: Input should be"),
         ({"rounds": []}, "rounds: List should have at least 1 item"),
         ({"rounds": [{"beta2": []}]}, "rounds.0.beta2: List should have at least 1 item"),
+        ({"rounds": [{"run_dir": ["a"]}]}, "run_dir: the search sets it; leave it out"),
+        ({"with": {"model": "llama"}}, "model: the search sets it; leave it out"),
         ({"base": {}}, "base: Dictionary should have at least 1 item"),
         ({"steps": 3}, "steps: Extra inputs are not permitted"),
         (
@@ -96,6 +98,27 @@ def test_a_plan_that_is_none_is_refused(make_plan, tmp_path, changes, line):
         run(make_plan(**changes), tmp_path)
     assert line in str(caught.value)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_runs_of_another_base_are_not_taken_for_its_own(make_plan, tmp_path):
+    path = make_plan()
+    rows = run(path, tmp_path)
+    base = tmp_path / "megalodon.yaml"
+    base.write_text(base.read_text().replace("save_every: 2", "save_every: 3"))
+    assert run(path, tmp_path) == rows  # which leaves the course of a run alone
+    base.write_text(base.read_text().replace("cema_ndim: 2", "cema_ndim: 4"))
+    with pytest.raises(UserError, match=r"with another .*megalodon.yaml: name another file with"):
+        run(path, tmp_path)
+    for row in rows:
+        del row["rest"]  # as in files from before
+    search.write_results(tmp_path / "out.jsonl", rows)
+    assert run(path, tmp_path) == rows
+
+
+def test_a_try_that_diverges_is_named(make_plan, tmp_path):
+    plan = make_plan(rounds=[{"learning_rate": [1e-3, 1e30]}])
+    with pytest.raises(UserError, match=r"lower learning_rate.*; or take 1e\+30 out of the plan"):
+        run(plan, tmp_path)
 
 
 def test_a_model_is_not_searched_under_the_others_name(make_plan, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,22 @@ from megalodon_enwik8.models import build_model, byte_losses
 from megalodon_enwik8.run_folder import NEWEST, read_metrics
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import derive_seed, make_optimizer, train, train_step
+
+
+def test_the_commit_is_that_of_this_code_and_of_nothing_around_it(monkeypatch, tmp_path):
+    file = tmp_path / "training.py"
+    file.touch()
+    monkeypatch.setattr(training, "__file__", str(file))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for arguments in ("init -q", "commit -q --allow-empty -m x"):
+        subprocess.run([*git, *arguments.split()], check=True)
+    assert training._commit() is None
+    for arguments in ("add training.py", "commit -q -m x"):
+        subprocess.run([*git, *arguments.split()], check=True)
+    found = training._commit()
+    assert re.fullmatch("[0-9a-f]{40}", found)
+    file.write_text("changed")
+    assert training._commit() == found + "+"
 
 
 def steps(config, batches):

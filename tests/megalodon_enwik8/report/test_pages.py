@@ -141,6 +141,11 @@ def test_a_context_picture_shows_every_figure_that_was_measured():
     assert drawn == sum(map(len, figures))
 
 
+def test_a_picture_in_no_folder_is_refused_before_it_is_drawn(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*none: make it first"):
+        pictures.check_can_draw(tmp_path / "none" / "a.svg")
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'drawing needs matplotlib: pip install -e "\.\[report\]"'):
