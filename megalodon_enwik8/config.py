@@ -250,13 +250,16 @@ def has_key(model: str, name: str) -> bool:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read a YAML file and apply `key=value` overrides, their values read as YAML scalars.
+    """Read a YAML file and apply `key=value` overrides, their values read as YAML scalars. The
+    config.yaml of a run is of the folder that it is in, wherever that was moved to.
 
     Raises UserError for a file that is not YAML or not a mapping, for a repeated or unknown key,
     and for a value of the wrong type or range.
     """
-    values = read_yaml(path) | read_overrides(overrides)
-    values.setdefault("run_dir", f"runs/{Path(path).stem}")
+    values = {"run_dir": f"runs/{Path(path).stem}", **read_yaml(path)}
+    if Path(path).name == "config.yaml" and Path(path).with_name("metrics.jsonl").exists():
+        values["run_dir"] = str(Path(path).parent)
+    values |= read_overrides(overrides)
     return make_config(values, f"{path} and command line" if overrides else str(path))
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from megalodon import MegalodonTokenizer
 from megalodon_enwik8.checkpoint import Checkpoint, load_checkpoint
-from megalodon_enwik8.config import load_config
+from megalodon_enwik8.config import make_config, read_yaml
 from megalodon_enwik8.data import CODE, ENWIK8, SAMPLE, named_text
 from megalodon_enwik8.models import count_parameters, restore_model
 from megalodon_enwik8.run_folder import Row, read_metrics
@@ -116,8 +116,9 @@ def model_card(model: PreTrainedModel, checkpoint: Checkpoint) -> str:
 def find_row(checkpoint: Checkpoint) -> Row:
     """What the run's metrics.jsonl says of the weights of a checkpoint; empty where it does not lie
     in its own run's folder."""
+    own = checkpoint.path.with_name("config.yaml")
     with contextlib.suppress(OSError, UserError):
-        if load_config(checkpoint.path.with_name("config.yaml")) == checkpoint.config:
+        if make_config(read_yaml(own), str(own)) == checkpoint.config:
             rows = read_metrics(checkpoint.path.with_name("metrics.jsonl"))
             return next((row for row in rows if row["step"] == checkpoint.step), {})
     return {}

@@ -90,12 +90,13 @@ def mutated(original, changes):
         result = original
         for first, last, new in edits:
             low, high = sorted((first % (len(result) + 1), last % (len(result) + 1)))
-            result = result[:low] + (new or result[low:high] * 2) + result[high:]
+            piece = result[low:high] * 2 if new is None else new
+            result = result[:low] + piece + result[high:]
         return result
 
     short_cut = st.tuples(place, st.integers(0, 8)).map(lambda p: (p[0], p[0] + p[1]))
     cut = st.one_of(short_cut, st.tuples(place, place), place.map(lambda p: (p, len(original))))
-    edit = st.tuples(cut, changes).map(lambda e: (*e[0], e[1]))
+    edit = st.tuples(cut, st.none() | changes).map(lambda e: (*e[0], e[1]))
     return st.lists(edit, min_size=1, max_size=4).map(apply)
 
 

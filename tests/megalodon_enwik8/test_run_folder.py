@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megalodon_enwik8.config import load_config
 from megalodon_enwik8.run_folder import NEWEST, RunFolder, read_metrics
 from megalodon_enwik8.safety import UserError
 from megalodon_enwik8.training import train
@@ -59,6 +60,17 @@ def test_a_folder_is_not_renamed_under_the_feet_of_the_program(make_tiny, monkey
     with pytest.raises(UserError, match="has to be renamed: start this from outside of it"):
         train(make_tiny("llama", run_dir="."), overwrite=True)
     assert (files_of(folder), asides(folder)) == (before, [])
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(make_tiny, tmp_path):
+    config = make_tiny("llama", num_batches=4)
+    assert train(config) == 0
+    moved = Path(config.run_dir).rename(tmp_path / "moved")
+    found = load_config(moved / "config.yaml", ["num_batches=6"])
+    assert train(found, resume=NEWEST) == 0
+    assert not Path(config.run_dir).exists()
+    assert_same_ending(found, make_tiny("llama", run_dir=str(moved)))
+    assert load_config(moved / "config.yaml", ["run_dir=x"]).run_dir == "x"
 
 
 def test_what_is_only_called_like_a_checkpoint_is_none(make_tiny):
