@@ -166,6 +166,11 @@ class MegalodonCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        return self.positions > 0
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
@@ -252,3 +257,7 @@ class MegalodonCache(Cache):
     @property
     def is_linear(self) -> list[bool]:
         return [False]  # it counts positions, by which `generate` knows what of a text is new
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.positions > 0
