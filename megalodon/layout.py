@@ -149,14 +149,16 @@ def read_layout(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be "
                 f"({batch}, {length})" + (f" or ({batch}, {past + length})" if past else "")
             )
-        before, mask = attention_mask.bool().split([attention_mask.shape[1] - length, length], 1)
-        if before.shape[1] and lengths is not None and (before.sum(1) < lengths).any():
+        mask = attention_mask[:, -length:].bool()
+        mask = None if mask.all() else mask
+    border = document_borders(position_ids, mask, lengths, batch, length)
+    if lengths is not None and attention_mask is not None and attention_mask.shape[1] > length:
+        hidden = attention_mask[:, :-length].bool().sum(1).to(x.device) < lengths
+        if (hidden if border is None else hidden & ~border.any(1)).any():
             raise ValueError(
                 "attention_mask hides tokens that the cache has read, which no state forgets: "
                 "begin with a new cache"
             )
-        mask = None if mask.all() else mask
-    border = document_borders(position_ids, mask, lengths, batch, length)
     plain = mask is None and border is None
     offset: int | Tensor = 0
     segments = None

@@ -71,12 +71,6 @@ class MegalodonBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, L, D) and what came before -> (B, L, D) and the state after it, if wanted."""
         config, train = self.config, self.training
-        again = train and self.gradient_checkpointing and not torch.is_grad_enabled()
-        if again and layout.return_state and x.requires_grad:
-            raise ValueError(
-                "checkpoints with use_reentrant=True lose the gradients of a state: train with "
-                "use_cache=False, or with use_reentrant=False"
-            )
         hidden, branch = (config.hidden_dropout, config.dropout) if train else (0.0, 0.0)
         norm_state, cema_state, attention_state = state or (None, None, None)
         x_tn, norm_state = self.timestep_norm(x, norm_state, layout)
@@ -317,9 +311,15 @@ class MegalodonModel(MegalodonPreTrainedModel):
         for layer, state in zip(layers, before, strict=True):
             if output_hidden_states:
                 hidden_states.append(x)
-            x, state = layer(x, state, layout)
+            entry = x
+            x, state = layer(entry, state, layout)
             if state is not None:
                 states.append(state)
+                if entry.requires_grad and torch.is_grad_enabled() and not state.cema.requires_grad:
+                    raise ValueError(
+                        "checkpoints with use_reentrant=True lose the gradients of a state: train "
+                        "with use_cache=False, or with use_reentrant=False"
+                    )
         x, norm_state = self.final_norm(x, norm_state, layout)
         if cache is not None and use_cache:
             assert norm_state is not None

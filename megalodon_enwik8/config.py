@@ -73,7 +73,7 @@ class ExperimentConfig(BaseModel):
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
-    # load_config: runs/<name of the file>
+    # load_config: runs/<name of the file>, or where a run's own config.yaml lies
     run_dir: Annotated[PathText, AfterValidator(os.path.expanduser)]
     model: Literal["megalodon", "llama"] = "llama"
 
@@ -257,8 +257,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     and for a value of the wrong type or range.
     """
     values = {"run_dir": f"runs/{Path(path).stem}", **read_yaml(path)}
-    if Path(path).name == "config.yaml" and Path(path).with_name("metrics.jsonl").exists():
-        values["run_dir"] = str(Path(path).parent)
+    here = Path(path).absolute().parent
+    own = Path(path).name == "config.yaml" and (here / "metrics.jsonl").exists()
+    if own and Path(str(values["run_dir"])).expanduser().absolute() != here:
+        values["run_dir"] = str(here)
     values |= read_overrides(overrides)
     return make_config(values, f"{path} and command line" if overrides else str(path))
 
@@ -272,7 +274,7 @@ def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"command line: {text!r}: expected key=value, as in num_batches=100")
         if name in values:
             raise UserError(f"command line: {name} is given twice")
-        if re.match(r"([^'\"]*\s)?#", value):
+        if value[:1] not in ("'", '"') and re.search(r"(^|\s)#", value):
             raise UserError(f"command line: {text!r}: # begins a comment: put the value in quotes")
         values[name] = _parse_yaml(value, f"command line: {name!r}")
     return values

@@ -118,7 +118,8 @@ def find_row(checkpoint: Checkpoint) -> Row:
     in its own run's folder."""
     own = checkpoint.path.with_name("config.yaml")
     with contextlib.suppress(OSError, UserError):
-        if make_config(read_yaml(own), str(own)) == checkpoint.config:
+        values = read_yaml(own) | {"run_dir": checkpoint.config.run_dir}  # before it was moved
+        if make_config(values, str(own)) == checkpoint.config:
             rows = read_metrics(checkpoint.path.with_name("metrics.jsonl"))
             return next((row for row in rows if row["step"] == checkpoint.step), {})
     return {}

@@ -40,9 +40,10 @@ def run_main(
     quietly, with 130 and 141, as a shell reports who died of SIGINT and SIGPIPE. Any other
     exception is a defect of the program and keeps its traceback. A warning is one line.
     """
-    for name in ("stdout", "stderr"):  # None where the process began with it closed
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    while (devnull := os.open(os.devnull, os.O_RDWR)) <= 2:  # fills what was closed at the start
+        pass
+    os.close(devnull)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):  # whatever the locale says: texts are of any characters
         if hasattr(stream, "reconfigure"):

@@ -149,8 +149,9 @@ def search(plan: Plan, out: Path, folder: Path) -> int:
 
 def digest_of_rest(config: ExperimentConfig, settings: Settings) -> str:
     """Of what a run's course depends on besides the settings: a base may change between calls."""
-    free = FREE_KEYS - {"data_path", "data_bytes"}
-    rest = {key: value for key, value in config.used().items() if key not in free | settings.keys()}
+    known = FREE_KEYS - {"data_path", "data_bytes"} | settings.keys()
+    fields = type(config).model_fields  # what has its default may be of a key that is new
+    rest = {k: v for k, v in config.used().items() if k not in known and v != fields[k].default}
     text = json.dumps([rest, config.sequences_per_step])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -364,12 +364,11 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """Print above the bar, at once: a log file may be all that is left of a killed run."""
-        self.stop_request()  # which sees to it that there is somewhere to print
         try:
             tqdm.write(text)
             sys.stdout.flush()
         except OSError as error:
-            if error.errno != errno.EIO:  # a terminal closed: its signal is heard at a check()
+            if error.errno not in (errno.EIO, errno.EPIPE):  # nobody reads: heard at a check()
                 raise
 
     def save(self, name: str | None = None, *, with_optimizer: bool = True) -> None:

@@ -40,8 +40,8 @@ def rotary_table(
     Su et al. 2021 (arXiv 2104.09864): position m turns pair i by m base^(-2i/d). The angles are
     taken in float64, since a position of a few thousand costs a float32 angle four digits.
     """
-    lacks_it = device is None or torch.device(device).type == "mps"
-    wide: Any = {"dtype": torch.float64, "device": "cpu" if lacks_it else device}
+    has_it = device is not None and torch.device(device).type in ("cuda", "meta")
+    wide: Any = {"dtype": torch.float64, "device": device if has_it else "cpu"}
     exponent = torch.arange(0, head_dim, 2, **wide) / head_dim
     angle = torch.outer(torch.arange(chunk_size, **wide), base**-exponent)
     table = torch.stack([angle.cos(), -angle.sin(), angle.sin()], dim=1)

@@ -99,6 +99,8 @@ def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict
         "torch": torch.__version__,
         "rows": [],
     }
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out}: is no regular file: name another")
     out.parent.mkdir(parents=True, exist_ok=True)
     underway = out.with_suffix(".part.json")
     with tempfile.TemporaryDirectory() as caches, tqdm(rows, disable=None) as bar:
@@ -117,7 +119,7 @@ def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict
                     row.setdefault(RATIO, {}).setdefault(title, ours[title] / theirs[title])
                 with atomic_write(underway) as file:
                     file.write((json.dumps(measured, indent=2) + "\n").encode())
-    underway.replace(out)
+    underway.replace(out.resolve())  # a link stays
     return measured
 
 

@@ -90,6 +90,11 @@ def test_a_mask_cannot_hide_what_a_cache_has_read(model):
     cache = model(ids, use_cache=True).cache
     with pytest.raises(ValueError, match=r"attention_mask hides tokens that the cache has read"):
         model(ids[:, :1], attention_mask=mask, cache=cache)
+    # But a row may begin with a new text.
+    mask[1, :CHUNK] = 0
+    positions = torch.tensor([[CHUNK], [0]])
+    logits = model(ids[:, :1], attention_mask=mask, position_ids=positions, cache=cache).logits
+    torch.testing.assert_close(logits[1], model(ids[1:, :1]).logits[0], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -265,6 +265,12 @@ def test_bad_arguments_are_refused_before_anything_is_measured(arguments, messag
         run_faked(*arguments.split(), answer=lambda *_: pytest.fail("measured"))
 
 
+def test_what_is_no_file_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_apart", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UserError, match="is no regular file: name another"):
+        benchmark.main(["count", "--out", str(tmp_path)])
+
+
 @pytest.mark.slow
 def test_the_second_start_finds_what_the_first_compiled(run_faked):
     """Of the Llama, whose layers the compiler's cache keeps whole."""
