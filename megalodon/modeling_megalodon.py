@@ -420,8 +420,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
                 `ignore_index` is left out, and so are padding and every token that none of its
                 document precedes.
             logits_to_keep: how many last positions get logits (0: all), or their indices.
-            num_items_in_batch: what the summed loss is divided by, as Trainer has it for
-                accumulated gradients. Default: the number of labels that count.
+            num_items_in_batch: the labels of all batches whose gradients are accumulated, as
+                Trainer counts them, from the second of each row on: the loss of this batch has
+                the weight of its share. Default: it has all.
             ignore_index: the label that stands for none.
 
         The other arguments are those of :meth:`MegalodonModel.forward`.
@@ -456,7 +457,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, MegalodonGenerationMixin):
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -x.shape[1] :]  # without what the cache saw
             positions = packed_positions(x, attention_mask, position_ids, packing)
-            labels = mask_labels(labels, attention_mask, positions, ignore_index)
+            given, labels = labels, mask_labels(labels, attention_mask, positions, ignore_index)
+            if num_items_in_batch is not None:  # of which Trainer counts those left out as well
+                count, counted = (t[:, 1:].ne(ignore_index).sum() for t in (labels, given))
+                num_items_in_batch = num_items_in_batch * (count.clamp(min=1) / counted)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

@@ -122,8 +122,9 @@ def test_packed_documents_equal_the_documents_alone(model, seed):
     positions = torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in rows])
     # A document of one token has nothing to predict, and no loss of its own.
     tokens = sum(len(d) - 1 for row in rows for d in row)
+    counted = ids[:, 1:].numel()  # by Trainer, which does not know of documents
     packed = model(
-        ids, labels=ids, position_ids=positions, use_cache=True, num_items_in_batch=tokens
+        ids, labels=ids, position_ids=positions, use_cache=True, num_items_in_batch=counted
     )
     packed.loss.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -164,12 +165,14 @@ def test_a_new_document_may_begin_with_a_cache_in_hand(model):
     torch.testing.assert_close(found, model(second[None]).logits, rtol=0, atol=1e-5)
 
 
-def test_right_padding_in_training_gives_the_gradients_of_the_rows_alone(model):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_training_gives_the_gradients_of_the_rows_alone(model, side):
     model = model.double()
     rows = texts([3 * CHUNK + 1, 5, CHUNK])
-    ids, mask = pad(rows, "right")
-    tokens = sum(len(row) - 1 for row in rows)
-    model(ids, attention_mask=mask, labels=ids, num_items_in_batch=tokens).loss.backward()
+    ids, mask = pad(rows, side)
+    labels = ids.masked_fill(mask == 0, -100)  # as collators do
+    counted, tokens = (labels[:, 1:] != -100).sum(), sum(len(row) - 1 for row in rows)
+    model(ids, attention_mask=mask, labels=labels, num_items_in_batch=counted).loss.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     for row in rows:
