@@ -119,7 +119,9 @@ def run(command: str, given: Grid, rounds: int, limit: float, out: Path) -> dict
                     row.setdefault(RATIO, {}).setdefault(title, ours[title] / theirs[title])
                 with atomic_write(underway) as file:
                     file.write((json.dumps(measured, indent=2) + "\n").encode())
-    underway.replace(out.resolve())  # a link stays
+    with atomic_write(out) as file:
+        file.write(underway.read_bytes())
+    underway.unlink()
     return measured
 
 

@@ -229,6 +229,7 @@ def test_beyond_the_longest_context_a_megalodon_writes_alone(run_faked):
 )
 def test_what_is_measured_survives_an_interruption(command, kept, run_faked, tmp_path):
     before, asked = run_faked(command), []
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
 
     def interrupted(task, limit, cache):
         asked.append(task)
